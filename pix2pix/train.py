@@ -1,0 +1,596 @@
+"""Trains pix2pix: Isola et al. 2017, Image-to-Image Translation with Conditional Adversarial Nets,
+https://arxiv.org/abs/1611.07004. Grids and losses appear in visualize/pix2pix/<run-name>/.
+
+    python pix2pix/train.py --data-folder facades --save-model         # the paper's facades
+    python pix2pix/train.py --data-folder facades --resume             # goes on where it stopped
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+METHOD = "pix2pix"
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is outside {low} to {high}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse then says "invalid int value"
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_common_flags(parser, epochs):
+    """The flags that pix2pix, cycleGAN and CUT share. epochs: the method's default."""
+    switch = argparse.BooleanOptionalAction
+    count, positive = number(int, 1), number(float, 1e-12)
+    data = parser.add_argument_group("data").add_argument
+    data("--data-folder", default="facades", help="name of the data set [%(default)s]")
+    data("--data-root", default=str(ROOT / "datasets"), help="where data sets are [%(default)s]")
+    data("--swap-xy", action="store_true", help="exchange x, the input, and y, the target [off]")
+    data("--load-size", type=count, default=286, help="pixels resized to before the crop [286]")
+    data("--image-size", type=count, default=256, help="pixels trained at [256]")
+    data("--jitter", action=switch, default=True, help="resize to --load-size, crop [on]")
+    data("--flip", action=switch, default=True, help="mirror a random half of the pictures [on]")
+    data("--num-workers", type=number(int, 0), default=2, help="loading processes; 0: none [2]")
+
+    training = parser.add_argument_group("training").add_argument
+    training("--epochs", type=count, default=epochs, help="passes over the data [%(default)s]")
+    training("--batch-size", type=count, default=1, help="pictures a step [1]")
+    training("--lr", type=positive, default=2e-4, help="Adam's learning rate at first [2e-4]")
+    training("--ngf", type=count, default=64, help="filters of the generator's first layer [64]")
+    training("--ndf", type=count, default=64, help="filters of the discriminator's first [64]")
+    training("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every draw [0]")
+    training("--max-steps", type=count, help="stop once this many steps are done in all [off]")
+
+    run = parser.add_argument_group("run").add_argument
+    run("--run-name", help="name of the folder for grids and checkpoint [--data-folder's]")
+    run("--sample-every", type=count, default=10, help="epochs between grids, checkpoints [10]")
+    run("--save-model", action="store_true", help="keep model/<run-name>/checkpoint.pt [off]")
+    run("--resume", action="store_true", help="go on from the checkpoint, with its flags [off]")
+    run("--overwrite", action="store_true", help="delete the run of this name, start anew [off]")
+    run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    run("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of layers [fp32]")
+    run("--compile", action="store_true", help="torch.compile: slow start, fast steps [off]")
+
+
+def check_common_flags(parser, args, argv):
+    """Cross-checks, the default of --run-name, and args.given: which flags the user typed."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    typed = vars(parser.parse_args(argv, unset))
+    args.given = sorted(name for name, value in typed.items() if value is not None)
+    args.run_name = args.run_name or Path(args.data_folder).name
+    if Path(args.run_name).name != args.run_name or args.run_name.startswith("."):
+        parser.error(f"--run-name {args.run_name} is not a plain folder name")
+    if args.jitter and args.load_size < args.image_size:
+        sizes = f"--load-size {args.load_size} is below --image-size {args.image_size}"
+        parser.error(f"{sizes}: raise it, or give --no-jitter")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite deletes it: give one of them")
+
+
+def parse_args(argv=None):
+    """The flags of pix2pix."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    add_common_flags(parser, epochs=200)
+    method = parser.add_argument_group("pix2pix").add_argument
+    method("--l1-ratio", type=number(float, 0), default=100.0, help="weight of L1; 0: none [100]")
+    args = parser.parse_args(argv)
+    check_common_flags(parser, args, argv)
+    if args.image_size < 32 or args.image_size & (args.image_size - 1):
+        wanted = "the U-Net halves it down to one pixel: 32, 64, 128, 256, 512, ..."
+        parser.error(f"--image-size {args.image_size}: {wanted}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistyped flags answer here, before torch takes its seconds to load
+
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
+from tqdm import tqdm
+
+from pix2pix_dataset import EpochBatches, PairDataset, RunError, list_images
+from pix2pix_model import PatchDiscriminator, UNetGenerator, initialize_weights
+
+# ---------------------------------------------------------------------------------- the equations
+
+
+def gan_loss(logits, real):
+    """-log D where `real`, else -log(1 - D); D = sigmoid(logits), logits (N, 1, h, w). A scalar."""
+    return binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+
+
+def losses_D(D, x, y, fake_y):
+    """What D minimizes, D_total, and its terms. x, y, fake_y = G(x): (N, 3, H, W)."""
+    D_real = gan_loss(D(x, y), True)  # Eq. 1: log D(x, y)
+    D_fake = gan_loss(D(x, fake_y), False)  # Eq. 1: log(1 - D(x, G(x)))
+    return {"D_total": (D_real + D_fake) / 2, "D_real": D_real, "D_fake": D_fake}
+
+
+def losses_G(D, x, y, fake_y, l1_ratio):
+    """What G minimizes, G_total, and its terms. x, y, fake_y = G(x): (N, 3, H, W)."""
+    G_gan = gan_loss(D(x, fake_y), True)  # Eq. 1, as -log D(x, G(x)), see section 3.3
+    G_l1 = l1_loss(fake_y, y)  # Eq. 3
+    return {"G_total": G_gan + l1_ratio * G_l1, "G_gan": G_gan, "G_l1": G_l1}  # Eq. 4
+
+
+def training_step(nets, x, y, args):
+    """One step of D, then one of G. x, y: (N, 3, H, W) in [-1, 1]. Returns the named losses."""
+    G, D = nets["G"], nets["D"]
+    fake_y = G(x)
+
+    d = losses_D(D, x, y, fake_y.detach())
+    descend(d["D_total"], nets["optimizer_D"])
+
+    g = losses_G(D, x, y, fake_y, args.l1_ratio)
+    descend(g["G_total"], nets["optimizer_G"])
+    return {**g, **d}
+
+
+def descend(loss, optimizer):
+    """One optimizer step. The gradient goes to this optimizer's parameters and to no others."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+
+
+def lr_factor(epoch, epochs, decay):
+    """1; over the last `decay` of `epochs` epochs down in equal steps, to 0 just after the end."""
+    return 1 - max(0, epoch - (epochs - decay)) / (decay + 1)
+
+
+def decay_epochs(args):
+    """How many epochs at the end the learning rate falls over."""
+    # Paper and authors' Lua code: none. Authors' PyTorch code: the second half. Here: the latter.
+    return args.epochs // 2
+
+
+# ------------------------------------------------------------------- what pix2pix builds and shows
+
+
+def build(args, device):
+    """Networks and optimizers by name: what `training_step` works on and the checkpoint holds."""
+    G = prepare(initialize_weights(UNetGenerator(args.image_size, args.ngf)), args, device)
+    D = prepare(initialize_weights(PatchDiscriminator(args.ndf)), args, device)
+    return {"G": G, "D": D, "optimizer_G": adam(G, args), "optimizer_D": adam(D, args)}
+
+
+def build_data(args):
+    """The pairs to train on, and those to look at: test/, or val/ where there is no test/."""
+    root, name, size = Path(args.data_root), args.data_folder, args.image_size
+    load_size = args.load_size if args.jitter else size
+    drawn = {"flip": args.flip, "seed": args.seed}
+    train_set = PairDataset(root, name, "train", load_size, size, args.swap_xy, **drawn)
+    only_val = list_images(root / name / "val") and not list_images(root / name / "test")
+    split = "val" if only_val else "test"
+    return train_set, PairDataset(root, name, split, size, size, args.swap_xy)
+
+
+@torch.no_grad()
+def translate(G, x):
+    """G(x) for one picture, x: (1, 3, H, W) in [-1, 1], whatever state the generators are in."""
+    # Paper 3.3: at test time, too, dropout is on and batch norm takes the statistics of the test
+    # batch. Here: likewise, but always with a batch of one and the same dropout, so that a result
+    # depends on its picture alone.
+    states = random_states(x.device)
+    torch.manual_seed(0)
+    fake_y = G(x)
+    set_random_states(states, x.device)
+    return fake_y
+
+
+def sample(nets, test_set, folder, epoch, device):
+    """Writes the grids of the first eight test pictures; measures the mean |G(x) - y| of all."""
+    grids, l1 = {"x": [], "y": [], "y_G": []}, 0.0
+    for index in range(len(test_set)):
+        x, y = (half[None].to(device) for half in test_set[0, index])
+        fake_y = translate(nets["G"], x)
+        l1 += l1_loss(fake_y, y).item() / len(test_set)
+        if index < 8:
+            for images, image in zip(grids.values(), (x, y, fake_y), strict=True):
+                images.append(image)
+    for name, images in grids.items():
+        save_grid(images, folder / f"{name}{epoch}.png")
+    return {"test_l1": l1}
+
+
+# ------------------------------------------------- from here on the same in pix2pix, cycleGAN, CUT
+
+
+def pick_device(args):
+    """The torch device of --device, set up for --precision. RunError where it cannot be used."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "mps" if torch.backends.mps.is_available() else found
+    try:
+        device = torch.device(found if args.device == "auto" else args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"--device {args.device}: {reason}; this machine has {found}") from None
+    if args.precision == "tf32" and device.type != "cuda":
+        raise RunError(f"--precision tf32 is for CUDA devices, this is {device}: fp32 or bf16")
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def prepare(net, args, device):
+    """Moves a network to the device; its forward pass then obeys --precision and --compile."""
+    net = net.to(device)
+    # Weights and gradients, and with them the losses outside, stay in fp32.
+    use_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    net.forward = use_bf16(net.forward)
+    if args.compile:
+        net.compile()
+    return net
+
+
+def adam(net, args):
+    """Adam as all three papers set it, in one fused kernel where there is one."""
+    fused = next(net.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.999), fused=fused)
+
+
+def random_states(device):
+    """The states of torch's generators, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_states(states, device):
+    """Puts back what random_states gave."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        getattr(torch, device.type).set_rng_state(states[device.type])
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into `caught`, read between steps; a second one ends at once."""
+
+    def __enter__(self):
+        self.caught = None
+        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def catch(self, signum, _frame):
+        if self.caught:
+            raise SystemExit(128 + signum)
+        self.caught = signum
+
+
+def ignore_signals(_worker):
+    """Ctrl-C reaches the loading processes too, but they end when the training does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_loader(args, train_set, device):
+    """Batches of train_set, in an order and with draws that the number of workers leaves alone."""
+    return torch.utils.data.DataLoader(
+        train_set,
+        batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # else it would draw from the generator that training uses
+    )
+
+
+class LossLog:
+    """Losses stay on the device and are read many steps at once, so that no step waits for them."""
+
+    def __init__(self, progress):
+        self.progress, self.pending, self.names, self.smooth = progress, [], [], {}
+        self.last_read = time.monotonic()
+
+    def add(self, losses):
+        self.names = list(losses)
+        self.pending.append(torch.stack([value.detach() for value in losses.values()]))
+
+    def read(self):
+        """Adds the pending losses to progress["sums"]. RunError at the first that is not finite."""
+        rows = torch.stack(self.pending).tolist()
+        for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
+            for name, value in zip(self.names, row, strict=True):
+                if not math.isfinite(value):
+                    where = f"step {step}, epoch {self.progress['epoch']}"
+                    advice = "try a lower --lr or --precision fp32, and look for odd pictures"
+                    raise RunError(f"{name} is {value} at {where}; the last checkpoint is from "
+                                   f"before; {advice}")  # fmt: skip
+                self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
+                self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
+        self.pending, self.last_read = [], time.monotonic()
+
+
+def train_epoch(args, nets, loader, progress, stop, device):
+    """Runs what is left of epoch progress["epoch"], or until --max-steps or a signal."""
+    loader.batch_sampler.start(progress["epoch"], progress["batch"])
+    log, started = LossLog(progress), time.monotonic() - progress["seconds"]
+    title = f"epoch {progress['epoch']}/{args.epochs}"
+    bar = tqdm(total=len(loader.dataset), initial=progress["images"], unit="img", desc=title)
+    for batch in loader:
+        batch = [images.to(device, non_blocking=True) for images in batch]
+        log.add(training_step(nets, *batch, args))
+        progress["step"] += 1
+        progress["batch"] += 1
+        progress["images"] += len(batch[0])
+        bar.update(len(batch[0]))
+        ending = stop.caught or progress["step"] == args.max_steps
+        complete = progress["batch"] == len(loader)
+        if ending or complete or time.monotonic() - log.last_read > 0.5:
+            log.read()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in log.smooth.items()})
+        if ending:
+            break
+    bar.close()
+    progress["seconds"] = time.monotonic() - started
+
+
+def train(args):
+    """The whole run. Returns the number of the signal that ended it, or None."""
+    device = pick_device(args)
+    torch.manual_seed(args.seed)
+    train_set, test_set = build_data(args)
+    nets = build(args, device)
+    progress = {"epoch": 1, "batch": 0, "step": 0, "images": 0, "seconds": 0.0, "sums": {}}
+    progress["files"] = len(train_set)
+    folder, checkpoint = run_paths(args)
+    if args.resume:
+        load_checkpoint(checkpoint, nets, progress, device)
+    open_run(args, folder, checkpoint, progress, device)
+    announce(args, nets, train_set, test_set, folder, device)
+    loader = build_loader(args, train_set, device)
+    with StopSignal() as stop:
+        while progress["epoch"] <= args.epochs and progress["step"] != args.max_steps:
+            epoch = progress["epoch"]
+            rate = args.lr * lr_factor(epoch, args.epochs, decay_epochs(args))
+            set_learning_rate(nets, rate)
+            train_epoch(args, nets, loader, progress, stop, device)
+            complete = progress["batch"] == len(loader)
+            limit = progress["step"] == args.max_steps
+            due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
+            measured = {}
+            if due or limit:
+                measured = sample(nets, test_set, folder / "val", epoch, device)
+            if complete or limit:
+                append_losses(folder, progress, rate, measured)
+            if complete:
+                progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={})
+            if args.save_model and (due or limit or stop.caught):
+                save_checkpoint(checkpoint, args, nets, progress, device)
+            if stop.caught:
+                break
+    say_how_it_ended(args, progress)
+    return stop.caught
+
+
+def set_learning_rate(nets, rate):
+    """Gives every optimizer among nets this learning rate."""
+    for part in nets.values():
+        for group in getattr(part, "param_groups", []):
+            group["lr"] = rate
+
+
+# -------------------------------------------------------------------------------- files of a run
+
+
+def run_paths(args):
+    """The folder of a run's grids, and its checkpoint."""
+    model = HERE / "model" / args.run_name
+    return ROOT / "visualize" / METHOD / args.run_name, model / "checkpoint.pt"
+
+
+def open_run(args, folder, checkpoint, progress, device):
+    """Makes the run's folders and args.json. RunError where another run's files would be lost."""
+    old = [*folder.glob("val/*.png"), *folder.glob("losses.*"), *folder.glob("args.json")]
+    old += [checkpoint] if checkpoint.exists() else []
+    if old and not (args.resume or args.overwrite):
+        options = "--resume goes on with it, --run-name NAME starts another, --overwrite deletes it"
+        raise RunError(f"there is a run of this name already ({old[0]}): {options}")
+    for file in old if args.overwrite else []:
+        file.unlink()
+    (folder / "val").mkdir(parents=True, exist_ok=True)
+    if args.save_model:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if args.resume:  # epochs that came after the checkpoint are done again
+        write_rows(folder, [r for r in read_rows(folder) if int(r["epoch"]) < progress["epoch"]])
+    facts = {"torch": torch.__version__, "device_used": str(device), "commit": git_commit()}
+    (folder / "args.json").write_text(json.dumps({**vars(args), **facts}, indent=2) + "\n")
+
+
+def git_commit():
+    """The commit of this code, with "-dirty" where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def announce(args, nets, train_set, test_set, folder, device):
+    """Says what will run, in numbers."""
+    steps = math.ceil(len(train_set) / args.batch_size)
+    sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
+    print(
+        f"{METHOD} on {args.data_folder}: {len(train_set)} training and {len(test_set)} test "
+        f"pictures at {args.image_size} px, {args.epochs} epochs of {steps} steps, {device} in "
+        f"{args.precision}, {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
+        f"parameters; grids go to {folder}",
+        flush=True,
+    )
+
+
+def networks(nets):
+    """The (name, network) pairs among nets, which holds optimizers too."""
+    return [(name, part) for name, part in nets.items() if isinstance(part, torch.nn.Module)]
+
+
+def save_grid(images, path):
+    """Writes pictures, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
+    torchvision.utils.save_image((torch.cat(images) + 1) / 2, path, nrow=len(images))
+
+
+def read_rows(folder):
+    """The rows of losses.csv: a dict of strings each."""
+    if not (folder / "losses.csv").exists():
+        return []
+    with open(folder / "losses.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(folder, rows):
+    """Writes losses.csv anew: aside, then into place."""
+    with open(folder / "losses.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(folder / "losses.tmp", folder / "losses.csv")
+
+
+def append_losses(folder, progress, rate, measured):
+    """Adds an epoch's row to losses.csv, means over its steps and what was measured after it."""
+    seconds = max(progress["seconds"], 1e-9)
+    row = {"epoch": progress["epoch"], "seconds": f"{seconds:.2f}"}
+    row.update(images_per_second=f"{progress['images'] / seconds:.2f}", learning_rate=rate)
+    row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
+    rows = [*read_rows(folder), {**row, **measured}]
+    write_rows(folder, rows)
+    plot_losses(rows, folder / "losses.png")
+    if measured:
+        print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()), flush=True)
+
+
+def plot_losses(rows, path):
+    """Draws every column of losses.csv after the learning rate, four plots a line."""
+    names = list(dict.fromkeys(name for row in rows for name in row))[4:]
+    lines = math.ceil(len(names) / 4)
+    figure = Figure(figsize=(14, 3 * lines), layout="constrained")
+    for axes, name in zip(figure.subplots(lines, 4, squeeze=False).flat, names, strict=False):
+        points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
+        axes.plot(*zip(*points, strict=True), ".-", markersize=3)
+        axes.set_title(name)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def save_checkpoint(path, args, nets, progress, device):
+    """Writes the whole run into one file, aside, then into place. RunError where that fails."""
+    state = {name: part.state_dict() for name, part in nets.items()}
+    state.update(method=METHOD, args=vars(args), progress=progress, random=random_states(device))
+    if not all(p.isfinite().all() for _, net in networks(nets) for p in net.parameters()):
+        step = progress["step"]
+        raise RunError(f"a weight is not finite after step {step}; {path} stays as it was")
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save may turn an OSError into the latter
+        aside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot save {path}: {reason}; the one before, if any, is whole") from None
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict. RunError where there is none, or a damaged one, or another method's."""
+    if not path.exists():
+        raise RunError(f"no checkpoint {path}; --save-model writes one, --run-name says which")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method = state["method"]
+    except Exception as error:  # a damaged file may raise nearly anything
+        kind = type(error).__name__
+        raise RunError(f"{path} is damaged ({kind}); --overwrite starts anew") from None
+    if method != METHOD:
+        raise RunError(f"{path} is a checkpoint of {method}, not of {METHOD}")
+    return state
+
+
+def load_checkpoint(path, nets, progress, device):
+    """Puts everything that save_checkpoint wrote back in its place."""
+    state = read_checkpoint(path)
+    was, now = state["progress"]["files"], progress["files"]
+    if was != now:
+        raise RunError(f"the training set has changed: {was} pictures at the checkpoint, {now} now")
+    for name, part in nets.items():
+        part.load_state_dict(state[name])
+    progress.update(state["progress"])
+    set_random_states(state["random"], device)
+
+
+def adopt_flags(args):
+    """A resumed run's flags: the checkpoint's. RunError where the user typed one otherwise."""
+    free = "data_root epochs num_workers sample_every save_model resume device compile max_steps"
+    saved = read_checkpoint(run_paths(args)[1])["args"]
+    typed = {name: getattr(args, name) for name in args.given}
+    differ = [name for name in typed if name not in free.split() and typed[name] != saved[name]]
+    if differ:
+        each = (f"--{n.replace('_', '-')} is {typed[n]}, was {saved[n]}" for n in differ)
+        raise RunError(f"the checkpoint has other flags: {'; '.join(each)}; leave them out")
+    anew = {"max_steps": None, "overwrite": False, "given": args.given}
+    return argparse.Namespace(**{**saved, **anew, **typed})
+
+
+def say_how_it_ended(args, progress):
+    """The last line of a run: whether it is complete and, if not, how to go on."""
+    if progress["epoch"] > args.epochs:
+        print(f"done: {args.epochs} epochs, {progress['step']} steps")
+    elif args.save_model:
+        again = f"python {METHOD}/train.py --run-name {args.run_name} --resume"
+        print(f"stopped after step {progress['step']}; to go on: {again}")
+    else:
+        print(f"stopped after step {progress['step']}; without --save-model nothing is kept")
+
+
+def main(argv=None):
+    """Runs the command line. Returns the exit status."""
+    args = parse_args(argv)
+    try:
+        caught = train(adopt_flags(args) if args.resume else args)
+    except (RunError, OSError) as error:
+        # From a loading process an error comes with its traceback; the last line is the message.
+        message = str(error).strip().splitlines()[-1].split("RunError: ")[-1]
+        print(f"train.py: error: {message}", file=sys.stderr)
+        return 2
+    return 128 + caught if caught else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
