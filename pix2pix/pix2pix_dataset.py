@@ -129,6 +129,9 @@ class PairDataset(Dataset):
     def __len__(self):
         return len(self.files)
 
+    def __str__(self):
+        return f"{len(self.files)} pairs"
+
     def halves(self, index):
         """Pair number `index` as two RGB pictures (PIL), x and y, at their own size."""
         pair = load_rgb(self.files[index])

@@ -155,11 +155,14 @@ def training_step(nets, x, y, args):
     return {**g, **d}
 
 
-def descend(loss, optimizer):
-    """One optimizer step. The gradient goes to this optimizer's parameters and to no others."""
-    optimizer.zero_grad()
-    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
-    optimizer.step()
+def descend(loss, *optimizers):
+    """One step of each. The gradient goes to these optimizers' parameters and to no others."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward(inputs=[p for group in groups for p in group["params"]])
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def lr_factor(epoch, epochs, decay):
@@ -180,7 +183,7 @@ def build(args, device):
     """Networks and optimizers by name: what `training_step` works on and the checkpoint holds."""
     G = prepare(initialize_weights(UNetGenerator(args.image_size, args.ngf)), args, device)
     D = prepare(initialize_weights(PatchDiscriminator(args.ndf)), args, device)
-    return {"G": G, "D": D, "optimizer_G": adam(G, args), "optimizer_D": adam(D, args)}
+    return {"G": G, "D": D, "optimizer_G": adam(args, G), "optimizer_D": adam(args, D)}
 
 
 def build_data(args):
@@ -207,8 +210,8 @@ def translate(G, x):
     return fake_y
 
 
-def sample(nets, test_set, folder, epoch, device):
-    """Writes the grids of the first eight test pictures; measures the mean |G(x) - y| of all."""
+def sample(nets, test_set, folder, progress, device):
+    """Writes the grids of the first eight test pictures. Returns the mean |G(x) - y| of all."""
     grids, l1 = {"x": [], "y": [], "y_G": []}, 0.0
     for index in range(len(test_set)):
         x, y = (half[None].to(device) for half in test_set[0, index])
@@ -218,7 +221,7 @@ def sample(nets, test_set, folder, epoch, device):
             for images, image in zip(grids.values(), (x, y, fake_y), strict=True):
                 images.append(image)
     for name, images in grids.items():
-        save_grid(images, folder / f"{name}{epoch}.png")
+        save_grid(images, folder / f"{name}{progress['epoch']}.png")
     return {"test_l1": l1}
 
 
@@ -254,10 +257,11 @@ def prepare(net, args, device):
     return net
 
 
-def adam(net, args):
-    """Adam as all three papers set it, in one fused kernel where there is one."""
-    fused = next(net.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.Adam(net.parameters(), args.lr, betas=(0.5, 0.999), fused=fused)
+def adam(args, *nets):
+    """One Adam for all of nets, as the three papers set it; one fused kernel where there is one."""
+    weights = [p for net in nets for p in net.parameters()]
+    fused = weights[0].device.type in ("cpu", "cuda")
+    return torch.optim.Adam(weights, args.lr, betas=(0.5, 0.999), fused=fused)
 
 
 def random_states(device):
@@ -369,7 +373,7 @@ def train(args):
     train_set, test_set = build_data(args)
     nets = build(args, device)
     progress = {"epoch": 1, "batch": 0, "step": 0, "images": 0, "seconds": 0.0, "sums": {}}
-    progress["files"] = len(train_set)
+    progress["files"] = len(train_set.files)
     folder, checkpoint = run_paths(args)
     if args.resume:
         load_checkpoint(checkpoint, nets, progress, device)
@@ -387,7 +391,7 @@ def train(args):
             due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
             measured = {}
             if due or limit:
-                measured = sample(nets, test_set, folder / "val", epoch, device)
+                measured = sample(nets, test_set, folder / "val", progress, device)
             if complete or limit:
                 append_losses(folder, progress, rate, measured)
             if complete:
@@ -446,9 +450,9 @@ def announce(args, nets, train_set, test_set, folder, device):
     steps = math.ceil(len(train_set) / args.batch_size)
     sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
     print(
-        f"{METHOD} on {args.data_folder}: {len(train_set)} training and {len(test_set)} test "
-        f"pictures at {args.image_size} px, {args.epochs} epochs of {steps} steps, {device} in "
-        f"{args.precision}, {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
+        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, at "
+        f"{args.image_size} px; {args.epochs} epochs of {steps} steps on {device} in "
+        f"{args.precision}; {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
         f"parameters; grids go to {folder}",
         flush=True,
     )

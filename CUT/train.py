@@ -1,0 +1,738 @@
+"""Trains CUT: Park et al. 2020, Contrastive Learning for Unpaired Image-to-Image Translation,
+https://arxiv.org/abs/2007.15651. Grids and losses appear in visualize/CUT/<run-name>/.
+
+    python CUT/train.py --data-folder facades_unpaired --save-model
+    python CUT/train.py --data-folder monet2photo --swap-xy --fast          # FastCUT
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# Differs from pix2pix/train.py: its own name
+# Differs from cycleGAN/train.py: its own name
+METHOD = "CUT"
+# FastCUT, the authors' lighter variant (section 4): what --fast stands for, unless typed otherwise.
+FAST = {"epochs": 200, "NCE_ratio": 10.0, "NCE_ratio_id": 0.0, "flip_equivariance": True}
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is outside {low} to {high}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse then says "invalid int value"
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_common_flags(parser, epochs):
+    """The flags that pix2pix, cycleGAN and CUT share. epochs: the method's default."""
+    switch = argparse.BooleanOptionalAction
+    count, positive = number(int, 1), number(float, 1e-12)
+    data = parser.add_argument_group("data").add_argument
+    data("--data-folder", default="facades", help="name of the data set [%(default)s]")
+    data("--data-root", default=str(ROOT / "datasets"), help="where data sets are [%(default)s]")
+    data("--swap-xy", action="store_true", help="exchange x, the input, and y, the target [off]")
+    data("--load-size", type=count, default=286, help="pixels resized to before the crop [286]")
+    data("--image-size", type=count, default=256, help="pixels trained at [256]")
+    data("--jitter", action=switch, default=True, help="resize to --load-size, crop [on]")
+    data("--flip", action=switch, default=True, help="mirror a random half of the pictures [on]")
+    data("--num-workers", type=number(int, 0), default=2, help="loading processes; 0: none [2]")
+
+    training = parser.add_argument_group("training").add_argument
+    training("--epochs", type=count, default=epochs, help="passes over the data [%(default)s]")
+    training("--batch-size", type=count, default=1, help="pictures a step [1]")
+    training("--lr", type=positive, default=2e-4, help="Adam's learning rate at first [2e-4]")
+    training("--ngf", type=count, default=64, help="filters of the generator's first layer [64]")
+    training("--ndf", type=count, default=64, help="filters of the discriminator's first [64]")
+    training("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every draw [0]")
+    training("--max-steps", type=count, help="stop once this many steps are done in all [off]")
+
+    run = parser.add_argument_group("run").add_argument
+    run("--run-name", help="name of the folder for grids and checkpoint [--data-folder's]")
+    run("--sample-every", type=count, default=10, help="epochs between grids, checkpoints [10]")
+    run("--save-model", action="store_true", help="keep model/<run-name>/checkpoint.pt [off]")
+    run("--resume", action="store_true", help="go on from the checkpoint, with its flags [off]")
+    run("--overwrite", action="store_true", help="delete the run of this name, start anew [off]")
+    run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    run("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of layers [fp32]")
+    run("--compile", action="store_true", help="torch.compile: slow start, fast steps [off]")
+
+
+def check_common_flags(parser, args, argv):
+    """Cross-checks, the default of --run-name, and args.given: which flags the user typed."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    typed = vars(parser.parse_args(argv, unset))
+    args.given = sorted(name for name, value in typed.items() if value is not None)
+    args.run_name = args.run_name or Path(args.data_folder).name
+    if Path(args.run_name).name != args.run_name or args.run_name.startswith("."):
+        parser.error(f"--run-name {args.run_name} is not a plain folder name")
+    if args.jitter and args.load_size < args.image_size:
+        sizes = f"--load-size {args.load_size} is below --image-size {args.image_size}"
+        parser.error(f"{sizes}: raise it, or give --no-jitter")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite deletes it: give one of them")
+
+
+# Differs from pix2pix/train.py: the method's own flags
+# Differs from cycleGAN/train.py: the method's own flags
+def parse_args(argv=None):
+    """The flags of CUT."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    add_common_flags(parser, epochs=400)
+    switch = argparse.BooleanOptionalAction
+    ratio, count, size = number(float, 0), number(int, 1), number(int, 0)
+    method = parser.add_argument_group("CUT").add_argument
+    method("--n-layers", type=count, default=9, help="residual blocks of the generator [9]")
+    method("--antialias", action="store_true", help="blur before sampling down, after up [off]")
+    method("--buffer-size", type=size, default=0, help="pictures kept for D; 0: none [0]")
+    method("--NCE-ratio", type=ratio, default=1.0, help="weight of NCE between x and G(x) [1]")
+    method("--NCE-ratio-id", type=ratio, default=1.0, help="of NCE between y and G(y); 0: none [1]")
+    method("--fast", action="store_true", help="FastCUT: NCE 10, no id, flips, 200 epochs [off]")
+    method("--flip-equivariance", action=switch, default=False, help="G mirrors with x [off]")
+
+    nce = parser.add_argument_group("CUT, the contrast").add_argument
+    nce("--feat-str", default="pix, d128, d256, R256_1, R256_5", help="layers [%(default)s]")
+    nce("--num-patches", type=number(int, 2), default=256, help="positions a picture [256]")
+    nce("--tau", type=number(float, 1e-6), default=0.07, help="temperature of the NCE [0.07]")
+    nce("--detach", action=switch, default=True, help="no gradient through the keys [on]")
+    nce("--nce", choices=["infonce", "ence", "hdce"], default="infonce", help="[infonce]")
+    nce("--query", choices=["random", "attention"], default="random", help="patches [random]")
+    nce("--src-ratio", type=ratio, default=0.0, help="weight of semantic relations; 0: none [0]")
+    args = parser.parse_args(argv)
+    check_common_flags(parser, args, argv)
+    if args.image_size < 32 or args.image_size % 4:
+        parser.error(f"--image-size {args.image_size}: wanted is a multiple of 4 from 32 on")
+    layers = ["pix", "c7s1_64", "d128", "d256", *(f"R256_{k}" for k in range(1, args.n_layers + 1))]
+    args.feat_str = ", ".join(name.strip() for name in args.feat_str.split(","))
+    unknown = [name for name in args.feat_str.split(", ") if name not in layers]
+    if unknown and not args.resume:
+        parser.error(f"--feat-str has {unknown[0]!r}; the layers are {', '.join(layers)}")
+    for name in set(FAST) - set(args.given) if args.fast else ():
+        setattr(args, name, FAST[name])
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistyped flags answer here, before torch takes its seconds to load
+
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from torch.nn.functional import l1_loss, mse_loss
+from tqdm import tqdm
+
+from CUT_dataset import EpochBatches, RunError, UnpairedDataset
+from CUT_model import (
+    ImageBuffer,
+    PatchDiscriminator,
+    ProjectionHeads,
+    ResnetGenerator,
+    attention_patches,
+    ence,
+    hdce,
+    infonce,
+    initialize_weights,
+    random_patches,
+    semantic_relation,
+    take_patches,
+    tap_channels,
+)
+
+# ---------------------------------------------------------------------------------- the equations
+
+
+# Differs from pix2pix/train.py: least squares instead of the logarithm (section 4)
+def gan_loss(prediction, real):
+    """Mean (D - 1)^2 where `real`, else D^2; prediction (N, 1, h, w). A scalar."""
+    return mse_loss(prediction, torch.full_like(prediction, float(real)))
+
+
+def together(net, *images):
+    """net of each of several batches, (N, ...), in one call: the same, as no norm spans a batch."""
+    return net(torch.cat(images)).split([len(batch) for batch in images])
+
+
+def halves(features, n):
+    """Features of a batch, split after its first n pictures."""
+    return [f[:n] for f in features], [f[n:] for f in features]
+
+
+def patch_nce(H, queries, keys, args):
+    """Eq. 3, mean over taps: each patch of the output against all patches of the input.
+
+    queries, keys: lists over taps of features (N, C, h, w). Returns the NCE and the semantic
+    relation loss (0 without --src-ratio): scalars. Reads --nce, --query, --num-patches in args.
+    """
+    contrast = {"infonce": infonce, "ence": ence, "hdce": hdce}[args.nce]
+    total, relation = [], []
+    for tap, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        key = key.detach() if args.detach else key
+        # QS-Attn: attention chooses at the two deepest taps, chance at the others.
+        attends = args.query == "attention" and tap >= len(keys) - 2
+        choose = attention_patches if attends else random_patches
+        where = choose(key.detach(), args.num_patches)  # the same in query and key
+        q, k = H(tap, take_patches(query, where)), H(tap, take_patches(key, where))
+        k = k.detach() if args.detach else k
+        total.append(contrast(q, k, args.tau).mean())
+        if args.src_ratio > 0:
+            relation.append(semantic_relation(q, k.detach()).mean())
+    # Paper: the sum over layers. Authors' code: the mean. Here: the mean; the sum is 5 times it.
+    return sum(total) / len(total), sum(relation) / len(keys)
+
+
+# Differs from pix2pix/train.py: the contrast of patches
+# Differs from cycleGAN/train.py: the contrast of patches
+def losses_G(G, D, H, fake_y, same_y, keys_x, keys_y, mirrored, args):
+    """What G and H minimize, G_total, and its terms.
+
+    fake_y = G(x): (N, 3, H, W); same_y = G(y), or None; keys_x, keys_y: features of x and y, lists
+    over taps; mirrored: whether fake_y is G of the mirrored x. Reads the ratios in args.
+    """
+    generated = fake_y if same_y is None else torch.cat([fake_y, same_y])
+    queries = G(generated, args.feat_str.split(", "), encode_only=True)
+    queries_x, queries_y = halves(queries, len(fake_y))
+    if mirrored:
+        queries_x = [query.flip(3) for query in queries_x]
+
+    loss = {"G_gan": gan_loss(D(fake_y), True)}  # Eq. 1
+    loss["NCE"], relation = patch_nce(H, queries_x, keys_x, args)
+    if same_y is None:
+        total = loss["G_gan"] + args.NCE_ratio * loss["NCE"]
+    else:
+        loss["NCE_id"], relation_id = patch_nce(H, queries_y, keys_y, args)
+        relation = (relation + relation_id) / 2
+        # Paper: the sum of both. Authors' code: half of it. Here: half of it.
+        nce = (args.NCE_ratio * loss["NCE"] + args.NCE_ratio_id * loss["NCE_id"]) / 2
+        total = loss["G_gan"] + nce
+    if args.src_ratio > 0:
+        loss["SRC"] = relation
+        total = total + args.src_ratio * relation
+    return {"G_total": total, **loss}
+
+
+# Differs from pix2pix/train.py: D looks at one picture, and at real and generated ones in one call
+def losses_D(D, real, fake, name):
+    """What D minimizes, and its terms. real, fake: (N, 3, H, W); name: of D, to name the terms."""
+    prediction_real, prediction_fake = together(D, real, fake)
+    loss_real = gan_loss(prediction_real, True)  # Eq. 1
+    loss_fake = gan_loss(prediction_fake, False)  # Eq. 1
+    loss = {"total": (loss_real + loss_fake) / 2, "real": loss_real, "fake": loss_fake}
+    return {f"{name}_{term}": value for term, value in loss.items()}
+
+
+# Differs from pix2pix/train.py: features and the contrast
+# Differs from cycleGAN/train.py: one generator, D first, features and the contrast
+def training_step(nets, x, y, args):
+    """One step of D, one of G and H. x, y: (N, 3, H, W) in [-1, 1]. Returns the named losses."""
+    G, D, H = nets["G"], nets["D"], nets["H"]
+    taps, n = args.feat_str.split(", "), len(x)
+    mirrored = args.flip_equivariance and bool(torch.rand(()) < 0.5)
+    source = x.flip(3) if mirrored else x
+    identity = args.NCE_ratio_id > 0
+
+    # One pass gives the translations and, as they are made, the features that serve as keys.
+    image, features = G(torch.cat([source, y]) if identity else source, taps)
+    fake_y, same_y = (image[:n], image[n:]) if identity else (image, None)
+    keys_x, keys_y = halves(features, n)
+    if mirrored:  # but the keys are those of x as it is
+        keys_x = G(x, taps, encode_only=True)
+
+    d = losses_D(D, y, nets["buffer_y"](fake_y), "D")
+    descend(d["D_total"], nets["optimizer_D"])
+
+    g = losses_G(G, D, H, fake_y, same_y, keys_x, keys_y, mirrored, args)
+    descend(g["G_total"], nets["optimizer_G"], nets["optimizer_H"])
+    return {**g, **d}
+
+
+def descend(loss, *optimizers):
+    """One step of each. The gradient goes to these optimizers' parameters and to no others."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward(inputs=[p for group in groups for p in group["params"]])
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def lr_factor(epoch, epochs, decay):
+    """1; over the last `decay` of `epochs` epochs down in equal steps, to 0 just after the end."""
+    return 1 - max(0, epoch - (epochs - decay)) / (decay + 1)
+
+
+# Differs from pix2pix/train.py: FastCUT's own schedule
+# Differs from cycleGAN/train.py: FastCUT's own schedule
+def decay_epochs(args):
+    """How many epochs at the end the learning rate falls over."""
+    return args.epochs // 4 if args.fast else args.epochs // 2  # FastCUT: 150 and 50
+
+
+# ----------------------------------------------------------------------- what CUT builds and shows
+
+
+# Differs from pix2pix/train.py: its own networks
+# Differs from cycleGAN/train.py: its own networks
+def build(args, device):
+    """Networks, optimizers, buffer by name: what `training_step` and the checkpoint work on."""
+    G = ResnetGenerator(args.n_layers, args.ngf, args.antialias)
+    D = PatchDiscriminator(args.ndf, args.antialias)
+    H = ProjectionHeads(tap_channels(args.feat_str.split(", "), args.n_layers, args.ngf))
+    G, D, H = (prepare(initialize_weights(net), args, device) for net in (G, D, H))
+    nets = {"G": G, "D": D, "H": H, "buffer_y": ImageBuffer(args.buffer_size)}
+    nets.update(optimizer_G=adam(args, G), optimizer_D=adam(args, D), optimizer_H=adam(args, H))
+    return nets
+
+
+# Differs from pix2pix/train.py: x and y are no pairs
+def build_data(args):
+    """The pictures to train on, and those to look at."""
+    root, name, size = Path(args.data_root), args.data_folder, args.image_size
+    drawn = {"flip": args.flip, "seed": args.seed}
+    load_size = args.load_size if args.jitter else size
+    train_set = UnpairedDataset(root, name, "train", load_size, size, args.swap_xy, **drawn)
+    return train_set, UnpairedDataset(root, name, "test", size, size, args.swap_xy)
+
+
+# Differs from pix2pix/train.py: no pairs; what the translation does to its input
+# Differs from cycleGAN/train.py: one direction; how much the translation changes
+@torch.no_grad()
+def sample(nets, test_set, folder, progress, device):
+    """Writes the grids of the first eight test pictures; measures all of them.
+
+    Returns change, the mean |G(x) - x|; luminance, the mean correlation of a picture's luminance
+    with its translation's; and, where test pictures match by name, l1, the mean |G(x) - y|.
+    """
+    measured, images, fakes = {}, [], []
+    for index, file in enumerate(test_set.files_x):
+        x = test_set.load(file)[None].to(device)
+        fake_y = nets["G"](x)
+        values = {"change": l1_loss(fake_y, x).item()}
+        values["luminance"] = luminance_correlation(x, fake_y)
+        if test_set.names_match:
+            y = test_set.load(test_set.files_y[index])[None].to(device)
+            values["l1"] = l1_loss(fake_y, y).item()
+        for name, value in values.items():
+            measured[name] = measured.get(name, 0.0) + value / len(test_set.files_x)
+        if index < 8:
+            images, fakes = [*images, x], [*fakes, fake_y]
+    save_grid(images, folder / f"x{progress['epoch']}.png")
+    save_grid(fakes, folder / f"y_G{progress['epoch']}.png")
+    warn_of_inversion(measured, progress)
+    return measured
+
+
+def luminance_correlation(a, b):
+    """Pearson's correlation of the luminance (Rec. 601) of two pictures, each (1, 3, H, W)."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=a.device).view(1, 3, 1, 1)
+    a, b = ((weights * image).sum(1).flatten() for image in (a, b))
+    a, b = a - a.mean(), b - b.mean()
+    return (a @ b / (a.norm() * b.norm()).clamp_min(1e-8)).item()
+
+
+# Differs from cycleGAN/train.py: what helps
+def warn_of_inversion(measured, progress):
+    """Says, once a run, that light and dark have changed places."""
+    inverted = [name for name in measured if name.startswith("lum") and measured[name] < -0.2]
+    if inverted and not progress.get("warned"):
+        progress["warned"] = True
+        print("warning: light and dark are inverted; a higher --NCE-ratio prevents that")
+
+
+# ------------------------------------------------- from here on the same in pix2pix, cycleGAN, CUT
+
+
+def pick_device(args):
+    """The torch device of --device, set up for --precision. RunError where it cannot be used."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "mps" if torch.backends.mps.is_available() else found
+    try:
+        device = torch.device(found if args.device == "auto" else args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"--device {args.device}: {reason}; this machine has {found}") from None
+    if args.precision == "tf32" and device.type != "cuda":
+        raise RunError(f"--precision tf32 is for CUDA devices, this is {device}: fp32 or bf16")
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def prepare(net, args, device):
+    """Moves a network to the device; its forward pass then obeys --precision and --compile."""
+    net = net.to(device)
+    # Weights and gradients, and with them the losses outside, stay in fp32.
+    use_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    net.forward = use_bf16(net.forward)
+    if args.compile:
+        net.compile()
+    return net
+
+
+def adam(args, *nets):
+    """One Adam for all of nets, as the three papers set it; one fused kernel where there is one."""
+    weights = [p for net in nets for p in net.parameters()]
+    fused = weights[0].device.type in ("cpu", "cuda")
+    return torch.optim.Adam(weights, args.lr, betas=(0.5, 0.999), fused=fused)
+
+
+def random_states(device):
+    """The states of torch's generators, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_states(states, device):
+    """Puts back what random_states gave."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        getattr(torch, device.type).set_rng_state(states[device.type])
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into `caught`, read between steps; a second one ends at once."""
+
+    def __enter__(self):
+        self.caught = None
+        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def catch(self, signum, _frame):
+        if self.caught:
+            raise SystemExit(128 + signum)
+        self.caught = signum
+
+
+def ignore_signals(_worker):
+    """Ctrl-C reaches the loading processes too, but they end when the training does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_loader(args, train_set, device):
+    """Batches of train_set, in an order and with draws that the number of workers leaves alone."""
+    return torch.utils.data.DataLoader(
+        train_set,
+        batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # else it would draw from the generator that training uses
+    )
+
+
+class LossLog:
+    """Losses stay on the device and are read many steps at once, so that no step waits for them."""
+
+    def __init__(self, progress):
+        self.progress, self.pending, self.names, self.smooth = progress, [], [], {}
+        self.last_read = time.monotonic()
+
+    def add(self, losses):
+        self.names = list(losses)
+        self.pending.append(torch.stack([value.detach() for value in losses.values()]))
+
+    def read(self):
+        """Adds the pending losses to progress["sums"]. RunError at the first that is not finite."""
+        rows = torch.stack(self.pending).tolist()
+        for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
+            for name, value in zip(self.names, row, strict=True):
+                if not math.isfinite(value):
+                    where = f"step {step}, epoch {self.progress['epoch']}"
+                    advice = "try a lower --lr or --precision fp32, and look for odd pictures"
+                    raise RunError(f"{name} is {value} at {where}; the last checkpoint is from "
+                                   f"before; {advice}")  # fmt: skip
+                self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
+                self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
+        self.pending, self.last_read = [], time.monotonic()
+
+
+def train_epoch(args, nets, loader, progress, stop, device):
+    """Runs what is left of epoch progress["epoch"], or until --max-steps or a signal."""
+    loader.batch_sampler.start(progress["epoch"], progress["batch"])
+    log, started = LossLog(progress), time.monotonic() - progress["seconds"]
+    title = f"epoch {progress['epoch']}/{args.epochs}"
+    bar = tqdm(total=len(loader.dataset), initial=progress["images"], unit="img", desc=title)
+    for batch in loader:
+        batch = [images.to(device, non_blocking=True) for images in batch]
+        log.add(training_step(nets, *batch, args))
+        progress["step"] += 1
+        progress["batch"] += 1
+        progress["images"] += len(batch[0])
+        bar.update(len(batch[0]))
+        ending = stop.caught or progress["step"] == args.max_steps
+        complete = progress["batch"] == len(loader)
+        if ending or complete or time.monotonic() - log.last_read > 0.5:
+            log.read()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in log.smooth.items()})
+        if ending:
+            break
+    bar.close()
+    progress["seconds"] = time.monotonic() - started
+
+
+def train(args):
+    """The whole run. Returns the number of the signal that ended it, or None."""
+    device = pick_device(args)
+    torch.manual_seed(args.seed)
+    train_set, test_set = build_data(args)
+    nets = build(args, device)
+    progress = {"epoch": 1, "batch": 0, "step": 0, "images": 0, "seconds": 0.0, "sums": {}}
+    progress["files"] = len(train_set.files)
+    folder, checkpoint = run_paths(args)
+    if args.resume:
+        load_checkpoint(checkpoint, nets, progress, device)
+    open_run(args, folder, checkpoint, progress, device)
+    announce(args, nets, train_set, test_set, folder, device)
+    loader = build_loader(args, train_set, device)
+    with StopSignal() as stop:
+        while progress["epoch"] <= args.epochs and progress["step"] != args.max_steps:
+            epoch = progress["epoch"]
+            rate = args.lr * lr_factor(epoch, args.epochs, decay_epochs(args))
+            set_learning_rate(nets, rate)
+            train_epoch(args, nets, loader, progress, stop, device)
+            complete = progress["batch"] == len(loader)
+            limit = progress["step"] == args.max_steps
+            due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
+            measured = {}
+            if due or limit:
+                measured = sample(nets, test_set, folder / "val", progress, device)
+            if complete or limit:
+                append_losses(folder, progress, rate, measured)
+            if complete:
+                progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={})
+            if args.save_model and (due or limit or stop.caught):
+                save_checkpoint(checkpoint, args, nets, progress, device)
+            if stop.caught:
+                break
+    say_how_it_ended(args, progress)
+    return stop.caught
+
+
+def set_learning_rate(nets, rate):
+    """Gives every optimizer among nets this learning rate."""
+    for part in nets.values():
+        for group in getattr(part, "param_groups", []):
+            group["lr"] = rate
+
+
+# -------------------------------------------------------------------------------- files of a run
+
+
+def run_paths(args):
+    """The folder of a run's grids, and its checkpoint."""
+    model = HERE / "model" / args.run_name
+    return ROOT / "visualize" / METHOD / args.run_name, model / "checkpoint.pt"
+
+
+def open_run(args, folder, checkpoint, progress, device):
+    """Makes the run's folders and args.json. RunError where another run's files would be lost."""
+    old = [*folder.glob("val/*.png"), *folder.glob("losses.*"), *folder.glob("args.json")]
+    old += [checkpoint] if checkpoint.exists() else []
+    if old and not (args.resume or args.overwrite):
+        options = "--resume goes on with it, --run-name NAME starts another, --overwrite deletes it"
+        raise RunError(f"there is a run of this name already ({old[0]}): {options}")
+    for file in old if args.overwrite else []:
+        file.unlink()
+    (folder / "val").mkdir(parents=True, exist_ok=True)
+    if args.save_model:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if args.resume:  # epochs that came after the checkpoint are done again
+        write_rows(folder, [r for r in read_rows(folder) if int(r["epoch"]) < progress["epoch"]])
+    facts = {"torch": torch.__version__, "device_used": str(device), "commit": git_commit()}
+    (folder / "args.json").write_text(json.dumps({**vars(args), **facts}, indent=2) + "\n")
+
+
+def git_commit():
+    """The commit of this code, with "-dirty" where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def announce(args, nets, train_set, test_set, folder, device):
+    """Says what will run, in numbers."""
+    steps = math.ceil(len(train_set) / args.batch_size)
+    sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
+    print(
+        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, at "
+        f"{args.image_size} px; {args.epochs} epochs of {steps} steps on {device} in "
+        f"{args.precision}; {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
+        f"parameters; grids go to {folder}",
+        flush=True,
+    )
+
+
+def networks(nets):
+    """The (name, network) pairs among nets, which holds optimizers too."""
+    return [(name, part) for name, part in nets.items() if isinstance(part, torch.nn.Module)]
+
+
+def save_grid(images, path):
+    """Writes pictures, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
+    torchvision.utils.save_image((torch.cat(images) + 1) / 2, path, nrow=len(images))
+
+
+def read_rows(folder):
+    """The rows of losses.csv: a dict of strings each."""
+    if not (folder / "losses.csv").exists():
+        return []
+    with open(folder / "losses.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(folder, rows):
+    """Writes losses.csv anew: aside, then into place."""
+    with open(folder / "losses.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(folder / "losses.tmp", folder / "losses.csv")
+
+
+def append_losses(folder, progress, rate, measured):
+    """Adds an epoch's row to losses.csv, means over its steps and what was measured after it."""
+    seconds = max(progress["seconds"], 1e-9)
+    row = {"epoch": progress["epoch"], "seconds": f"{seconds:.2f}"}
+    row.update(images_per_second=f"{progress['images'] / seconds:.2f}", learning_rate=rate)
+    row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
+    rows = [*read_rows(folder), {**row, **measured}]
+    write_rows(folder, rows)
+    plot_losses(rows, folder / "losses.png")
+    if measured:
+        print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()), flush=True)
+
+
+def plot_losses(rows, path):
+    """Draws every column of losses.csv after the learning rate, four plots a line."""
+    names = list(dict.fromkeys(name for row in rows for name in row))[4:]
+    lines = math.ceil(len(names) / 4)
+    figure = Figure(figsize=(14, 3 * lines), layout="constrained")
+    for axes, name in zip(figure.subplots(lines, 4, squeeze=False).flat, names, strict=False):
+        points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
+        axes.plot(*zip(*points, strict=True), ".-", markersize=3)
+        axes.set_title(name)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def save_checkpoint(path, args, nets, progress, device):
+    """Writes the whole run into one file, aside, then into place. RunError where that fails."""
+    state = {name: part.state_dict() for name, part in nets.items()}
+    state.update(method=METHOD, args=vars(args), progress=progress, random=random_states(device))
+    if not all(p.isfinite().all() for _, net in networks(nets) for p in net.parameters()):
+        step = progress["step"]
+        raise RunError(f"a weight is not finite after step {step}; {path} stays as it was")
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save may turn an OSError into the latter
+        aside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot save {path}: {reason}; the one before, if any, is whole") from None
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict. RunError where there is none, or a damaged one, or another method's."""
+    if not path.exists():
+        raise RunError(f"no checkpoint {path}; --save-model writes one, --run-name says which")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method = state["method"]
+    except Exception as error:  # a damaged file may raise nearly anything
+        kind = type(error).__name__
+        raise RunError(f"{path} is damaged ({kind}); --overwrite starts anew") from None
+    if method != METHOD:
+        raise RunError(f"{path} is a checkpoint of {method}, not of {METHOD}")
+    return state
+
+
+def load_checkpoint(path, nets, progress, device):
+    """Puts everything that save_checkpoint wrote back in its place."""
+    state = read_checkpoint(path)
+    was, now = state["progress"]["files"], progress["files"]
+    if was != now:
+        raise RunError(f"the training set has changed: {was} pictures at the checkpoint, {now} now")
+    for name, part in nets.items():
+        part.load_state_dict(state[name])
+    progress.update(state["progress"])
+    set_random_states(state["random"], device)
+
+
+def adopt_flags(args):
+    """A resumed run's flags: the checkpoint's. RunError where the user typed one otherwise."""
+    free = "data_root epochs num_workers sample_every save_model resume device compile max_steps"
+    saved = read_checkpoint(run_paths(args)[1])["args"]
+    typed = {name: getattr(args, name) for name in args.given}
+    differ = [name for name in typed if name not in free.split() and typed[name] != saved[name]]
+    if differ:
+        each = (f"--{n.replace('_', '-')} is {typed[n]}, was {saved[n]}" for n in differ)
+        raise RunError(f"the checkpoint has other flags: {'; '.join(each)}; leave them out")
+    anew = {"max_steps": None, "overwrite": False, "given": args.given}
+    return argparse.Namespace(**{**saved, **anew, **typed})
+
+
+def say_how_it_ended(args, progress):
+    """The last line of a run: whether it is complete and, if not, how to go on."""
+    if progress["epoch"] > args.epochs:
+        print(f"done: {args.epochs} epochs, {progress['step']} steps")
+    elif args.save_model:
+        again = f"python {METHOD}/train.py --run-name {args.run_name} --resume"
+        print(f"stopped after step {progress['step']}; to go on: {again}")
+    else:
+        print(f"stopped after step {progress['step']}; without --save-model nothing is kept")
+
+
+def main(argv=None):
+    """Runs the command line. Returns the exit status."""
+    args = parse_args(argv)
+    try:
+        caught = train(adopt_flags(args) if args.resume else args)
+    except (RunError, OSError) as error:
+        # From a loading process an error comes with its traceback; the last line is the message.
+        message = str(error).strip().splitlines()[-1].split("RunError: ")[-1]
+        print(f"train.py: error: {message}", file=sys.stderr)
+        return 2
+    return 128 + caught if caught else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The networks of CycleGAN (Zhu et al. 2017, https://arxiv.org/abs/1703.10593), named as in its
+appendix, the buffer of generated pictures, and what --pix-loss compares pictures through.
+
+    python cycleGAN/train.py --data-folder facades_unpaired      # trains them
+    python -m pytest tests/test_cycleGAN_model.py                # against the authors' numbers
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, pad
+from torchvision.transforms.functional import gaussian_blur
+
+
+class BlurPool(nn.Module):
+    """Halves H and W, blurring first, against aliasing (Zhang 2019, https://arxiv.org/abs/1904.11486).
+
+    (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)). The filter is [1, 2, 1] / 4 each way.
+    """
+
+    def forward(self, x):
+        filter = x.new_tensor([1.0, 2.0, 1.0]) / 4
+        filter = torch.outer(filter, filter).expand(x.shape[1], 1, 3, 3)
+        return conv2d(pad(x, (1, 1, 1, 1), mode="reflect"), filter, stride=2, groups=x.shape[1])
+
+
+class BlurUpsample(nn.Module):
+    """Doubles H and W: zeros in between, then a blur of [1, 3, 3, 1] / 4 each way (Zhang 2019).
+
+    (N, C, H, W) -> (N, C, 2 H, 2 W).
+    """
+
+    def forward(self, x):
+        filter = x.new_tensor([1.0, 3.0, 3.0, 1.0]) / 4
+        filter = torch.outer(filter, filter).expand(x.shape[1], 1, 4, 4)
+        x = pad(x, (1, 1, 1, 1), mode="replicate")
+        return conv_transpose2d(x, filter, stride=2, padding=3, groups=x.shape[1])
+
+
+def norm_relu(channels):
+    """Instance norm, without scale and shift, and ReLU. It makes a bias before it pointless."""
+    return [nn.InstanceNorm2d(channels), nn.ReLU()]
+
+
+class ResnetBlock(nn.Module):
+    """R256: x plus two 3x3 convolutions of it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *[nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            *norm_relu(channels),
+            *[nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            nn.InstanceNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return x + self.layers(x)  # (N, channels, H, W)
+
+
+def down(channels, antialias):
+    """d: a 3x3 convolution from channels to twice as many, at half the size."""
+    if antialias:
+        layers = [nn.Conv2d(channels, 2 * channels, 3, 1, 1, bias=False)]
+        return nn.Sequential(*layers, *norm_relu(2 * channels), BlurPool())
+    return nn.Sequential(
+        nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False), *norm_relu(2 * channels)
+    )
+
+
+def up(channels, antialias):
+    """u: a 3x3 convolution from channels to half as many, at twice the size."""
+    half = channels // 2
+    if antialias:
+        layers = [BlurUpsample(), nn.Conv2d(channels, half, 3, 1, 1, bias=False)]
+    else:
+        layers = [nn.ConvTranspose2d(channels, half, 3, 2, 1, output_padding=1, bias=False)]
+    return nn.Sequential(*layers, *norm_relu(half))
+
+
+class ResnetGenerator(nn.Module):
+    """G: X -> Y: c7s1-64, d128, d256, n_layers times R256, u128, u64, c7s1-3.
+
+    The layers keep the paper's names, which give the widths at ngf = 64, at any ngf.
+    """
+
+    def __init__(self, n_layers=9, ngf=64, antialias=False):
+        super().__init__()
+        first = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7, bias=False), *norm_relu(ngf)]
+        layers = {"c7s1_64": nn.Sequential(*first)}
+        layers["d128"] = down(ngf, antialias)
+        layers["d256"] = down(2 * ngf, antialias)
+        for k in range(1, n_layers + 1):
+            layers[f"R256_{k}"] = ResnetBlock(4 * ngf)
+        layers["u128"] = up(4 * ngf, antialias)
+        layers["u64"] = up(2 * ngf, antialias)
+        layers["c7s1_3"] = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7))
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, x):
+        """x: (N, 3, H, W) in [-1, 1], H and W multiples of 4. Returns the same."""
+        for layer in self.layers.values():
+            x = layer(x)
+        return torch.tanh(x.float())  # (N, 3, H, W)
+
+
+# Differs from pix2pix/pix2pix_model.py: it sees one picture, not a pair; instance norm; antialias
+class PatchDiscriminator(nn.Module):
+    """D: X -> a number for each 70x70 patch, 1 for real. C64-C128-C256-C512, then 1 channel."""
+
+    def __init__(self, ndf=64, antialias=False):
+        super().__init__()
+        stride, blur = (1, [BlurPool()]) if antialias else (2, [])
+        layers = [nn.Conv2d(3, ndf, 4, stride, 1), nn.LeakyReLU(0.2), *blur]
+        for width in (ndf, 2 * ndf):
+            layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False)]
+            layers += [nn.InstanceNorm2d(2 * width), nn.LeakyReLU(0.2), *blur]
+        layers += [nn.Conv2d(4 * ndf, 8 * ndf, 4, 1, 1, bias=False)]
+        layers += [nn.InstanceNorm2d(8 * ndf), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * ndf, 1, 4, 1, 1))
+
+    def forward(self, x):
+        """x: (N, 3, H, W) in [-1, 1]. Returns (N, 1, H / 8 - 2, W / 8 - 2)."""
+        return self.layers(x).float()
+
+
+class ImageBuffer:
+    """The last `size` generated pictures, for D to learn from (section 4; Shrivastava et al. 2017).
+
+    buffer(images): for each picture, with probability 1/2, one from the buffer, whose place it
+    takes; otherwise the picture itself. (N, 3, H, W) -> (N, 3, H, W). Until it is full it takes in
+    every picture and gives it back; of size 0 it gives back all.
+    """
+
+    def __init__(self, size):
+        self.size, self.images = size, []
+
+    def __call__(self, images):
+        given = []
+        for image in images.detach():
+            if len(self.images) < self.size:
+                self.images.append(image.clone())
+            elif self.size and torch.rand(()) < 0.5:
+                place = int(torch.randint(self.size, ()))
+                image, self.images[place] = self.images[place].to(image), image.clone()
+            given.append(image)
+        return torch.stack(given)
+
+    def state_dict(self):
+        return {"images": [image.clone() for image in self.images]}
+
+    def load_state_dict(self, state):
+        self.images = list(state["images"])
+
+
+class DownSampler(nn.Module):
+    """What --pix-loss looks through: a blur (--pix-blur), then an average pool (--pix-pool).
+
+    (N, 3, H, W) -> (N, 3, H // pool, W // pool). The blur pads by reflection and is a 7x7 Gaussian
+    with a standard deviation of 3 pixels. Without blur and with pool 1 nothing changes.
+    """
+
+    def __init__(self, blur=False, pool=1):
+        super().__init__()
+        self.blur, self.pool = blur, pool
+
+    def forward(self, x):
+        if self.blur:
+            x = gaussian_blur(x, [7, 7], [3.0, 3.0])
+        return avg_pool2d(x, self.pool)
+
+
+def initialize_weights(net):
+    """Returns net with convolutions N(0, 0.02), norm scales N(1, 0.02), biases and shifts 0."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
+    return net

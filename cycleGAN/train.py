@@ -1,0 +1,679 @@
+"""Trains CycleGAN: Zhu et al. 2017, Unpaired Image-to-Image Translation using Cycle-Consistent
+Adversarial Networks, https://arxiv.org/abs/1703.10593. Grids and losses appear in
+visualize/cycleGAN/<run-name>/.
+
+    python cycleGAN/train.py --data-folder facades_unpaired --save-model
+    python cycleGAN/train.py --data-folder monet2photo --pix-loss
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# Differs from pix2pix/train.py: its own name
+METHOD = "cycleGAN"
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is outside {low} to {high}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse then says "invalid int value"
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_common_flags(parser, epochs):
+    """The flags that pix2pix, cycleGAN and CUT share. epochs: the method's default."""
+    switch = argparse.BooleanOptionalAction
+    count, positive = number(int, 1), number(float, 1e-12)
+    data = parser.add_argument_group("data").add_argument
+    data("--data-folder", default="facades", help="name of the data set [%(default)s]")
+    data("--data-root", default=str(ROOT / "datasets"), help="where data sets are [%(default)s]")
+    data("--swap-xy", action="store_true", help="exchange x, the input, and y, the target [off]")
+    data("--load-size", type=count, default=286, help="pixels resized to before the crop [286]")
+    data("--image-size", type=count, default=256, help="pixels trained at [256]")
+    data("--jitter", action=switch, default=True, help="resize to --load-size, crop [on]")
+    data("--flip", action=switch, default=True, help="mirror a random half of the pictures [on]")
+    data("--num-workers", type=number(int, 0), default=2, help="loading processes; 0: none [2]")
+
+    training = parser.add_argument_group("training").add_argument
+    training("--epochs", type=count, default=epochs, help="passes over the data [%(default)s]")
+    training("--batch-size", type=count, default=1, help="pictures a step [1]")
+    training("--lr", type=positive, default=2e-4, help="Adam's learning rate at first [2e-4]")
+    training("--ngf", type=count, default=64, help="filters of the generator's first layer [64]")
+    training("--ndf", type=count, default=64, help="filters of the discriminator's first [64]")
+    training("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every draw [0]")
+    training("--max-steps", type=count, help="stop once this many steps are done in all [off]")
+
+    run = parser.add_argument_group("run").add_argument
+    run("--run-name", help="name of the folder for grids and checkpoint [--data-folder's]")
+    run("--sample-every", type=count, default=10, help="epochs between grids, checkpoints [10]")
+    run("--save-model", action="store_true", help="keep model/<run-name>/checkpoint.pt [off]")
+    run("--resume", action="store_true", help="go on from the checkpoint, with its flags [off]")
+    run("--overwrite", action="store_true", help="delete the run of this name, start anew [off]")
+    run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    run("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of layers [fp32]")
+    run("--compile", action="store_true", help="torch.compile: slow start, fast steps [off]")
+
+
+def check_common_flags(parser, args, argv):
+    """Cross-checks, the default of --run-name, and args.given: which flags the user typed."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    typed = vars(parser.parse_args(argv, unset))
+    args.given = sorted(name for name, value in typed.items() if value is not None)
+    args.run_name = args.run_name or Path(args.data_folder).name
+    if Path(args.run_name).name != args.run_name or args.run_name.startswith("."):
+        parser.error(f"--run-name {args.run_name} is not a plain folder name")
+    if args.jitter and args.load_size < args.image_size:
+        sizes = f"--load-size {args.load_size} is below --image-size {args.image_size}"
+        parser.error(f"{sizes}: raise it, or give --no-jitter")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite deletes it: give one of them")
+
+
+# Differs from pix2pix/train.py: the method's own flags
+def parse_args(argv=None):
+    """The flags of cycleGAN."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    add_common_flags(parser, epochs=200)
+    ratio, count, size = number(float, 0), number(int, 1), number(int, 0)
+    method = parser.add_argument_group("cycleGAN").add_argument
+    method("--n-layers", type=count, default=9, help="residual blocks of a generator [9]")
+    method("--antialias", action="store_true", help="blur before sampling down, after up [off]")
+    method("--buffer-size", type=size, default=50, help="pictures kept for D; 0: none [50]")
+    method("--cycle-ratio", type=ratio, default=10.0, help="weight of Eq. 2; 0: none [10]")
+    method("--identity-ratio", type=ratio, default=0.0, help="weight of |G(y) - y|; authors: 5 [0]")
+    method("--pix-loss", action="store_true", help="keep G(x) near x, pixel by pixel [off]")
+    method("--pix-ratio", type=ratio, default=5.0, help="weight of --pix-loss [5]")
+    method("--pix-blur", action="store_true", help="--pix-loss of blurred pictures [off]")
+    method("--pix-pool", type=count, default=1, help="--pix-loss of NxN means; 1: of pixels [1]")
+    args = parser.parse_args(argv)
+    check_common_flags(parser, args, argv)
+    if args.image_size < 32 or args.image_size % 4:
+        parser.error(f"--image-size {args.image_size}: wanted is a multiple of 4 from 32 on")
+    unused = {"pix_ratio", "pix_blur", "pix_pool"} & set(args.given)
+    if unused and not (args.pix_loss or args.resume):
+        parser.error(f"--{unused.pop().replace('_', '-')} does nothing without --pix-loss")
+    if args.image_size % args.pix_pool:
+        parser.error(f"--pix-pool {args.pix_pool} does not divide --image-size {args.image_size}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistyped flags answer here, before torch takes its seconds to load
+
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from torch.nn.functional import l1_loss, mse_loss
+from tqdm import tqdm
+
+from cycleGAN_dataset import EpochBatches, RunError, UnpairedDataset
+from cycleGAN_model import (
+    DownSampler,
+    ImageBuffer,
+    PatchDiscriminator,
+    ResnetGenerator,
+    initialize_weights,
+)
+
+# ---------------------------------------------------------------------------------- the equations
+
+
+# Differs from pix2pix/train.py: least squares instead of the logarithm (section 4)
+def gan_loss(prediction, real):
+    """Mean (D - 1)^2 where `real`, else D^2; prediction (N, 1, h, w). A scalar."""
+    return mse_loss(prediction, torch.full_like(prediction, float(real)))
+
+
+def together(net, *images):
+    """net of each of several batches, (N, ...), in one call: the same, as no norm spans a batch."""
+    return net(torch.cat(images)).split([len(batch) for batch in images])
+
+
+# Differs from pix2pix/train.py: two generators and the cycle
+def losses_G(G, F, D_X, D_Y, x, y, args):
+    """What G and F minimize, G_total, and its terms; also fake_x = F(y) and fake_y = G(x).
+
+    x, y: (N, 3, H, W) in [-1, 1]. G: X -> Y, F: Y -> X. Reads the ratios and --pix-* in args.
+    """
+    identity = args.identity_ratio > 0
+    fake_y, *same_y = together(G, x, y) if identity else [G(x)]
+    fake_x, rec_x, *same_x = together(F, y, fake_y, x) if identity else together(F, y, fake_y)
+    rec_y = G(fake_x)
+
+    loss = {}
+    loss["G_gan"] = gan_loss(D_Y(fake_y), True)  # Eq. 1 for G: X -> Y
+    loss["F_gan"] = gan_loss(D_X(fake_x), True)  # Eq. 1 for F: Y -> X
+    loss["cycle"] = l1_loss(rec_x, x) + l1_loss(rec_y, y)  # Eq. 2, F(G(x)) = x and G(F(y)) = y
+    total = loss["G_gan"] + loss["F_gan"] + args.cycle_ratio * loss["cycle"]  # Eq. 3
+    if identity:  # section 5.2: leave a picture of the other side as it is
+        loss["identity"] = l1_loss(same_y[0], y) + l1_loss(same_x[0], x)
+        total = total + args.identity_ratio * loss["identity"]
+    if args.pix_loss:  # not in the paper: leave the colours of the input as they are
+        look = DownSampler(args.pix_blur, args.pix_pool)
+        loss["pix"] = l1_loss(look(fake_y), look(x)) + l1_loss(look(fake_x), look(y))
+        total = total + args.pix_ratio * loss["pix"]
+    return {"G_total": total, **loss}, fake_x, fake_y
+
+
+# Differs from pix2pix/train.py: D looks at one picture, and at real and generated ones in one call
+def losses_D(D, real, fake, name):
+    """What D minimizes, and its terms. real, fake: (N, 3, H, W); name: of D, to name the terms."""
+    prediction_real, prediction_fake = together(D, real, fake)
+    loss_real = gan_loss(prediction_real, True)  # Eq. 1
+    loss_fake = gan_loss(prediction_fake, False)  # Eq. 1
+    loss = {"total": (loss_real + loss_fake) / 2, "real": loss_real, "fake": loss_fake}
+    return {f"{name}_{term}": value for term, value in loss.items()}
+
+
+# Differs from pix2pix/train.py: G and F first, then D_X and D_Y, which learn from the buffers
+def training_step(nets, x, y, args):
+    """One step of G and F, one of D_X and D_Y. x, y: (N, 3, H, W) in [-1, 1]. Named losses."""
+    G, F, D_X, D_Y = (nets[name] for name in ("G", "F", "D_X", "D_Y"))
+
+    g, fake_x, fake_y = losses_G(G, F, D_X, D_Y, x, y, args)
+    descend(g["G_total"], nets["optimizer_G"])
+
+    d_x = losses_D(D_X, x, nets["buffer_x"](fake_x), "D_X")
+    d_y = losses_D(D_Y, y, nets["buffer_y"](fake_y), "D_Y")
+    descend(d_x["D_X_total"] + d_y["D_Y_total"], nets["optimizer_D"])
+    return {**g, **d_x, **d_y}
+
+
+def descend(loss, *optimizers):
+    """One step of each. The gradient goes to these optimizers' parameters and to no others."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward(inputs=[p for group in groups for p in group["params"]])
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def lr_factor(epoch, epochs, decay):
+    """1; over the last `decay` of `epochs` epochs down in equal steps, to 0 just after the end."""
+    return 1 - max(0, epoch - (epochs - decay)) / (decay + 1)
+
+
+def decay_epochs(args):
+    """How many epochs at the end the learning rate falls over."""
+    return args.epochs // 2
+
+
+# ------------------------------------------------------------------ what cycleGAN builds and shows
+
+
+# Differs from pix2pix/train.py: its own networks
+def build(args, device):
+    """Networks, optimizers, buffers by name: what `training_step` and the checkpoint work on."""
+    nets = {}
+    for name in ("G", "F"):
+        net = ResnetGenerator(args.n_layers, args.ngf, args.antialias)
+        nets[name] = prepare(initialize_weights(net), args, device)
+    for name in ("D_X", "D_Y"):
+        net = PatchDiscriminator(args.ndf, args.antialias)
+        nets[name] = prepare(initialize_weights(net), args, device)
+    nets["optimizer_G"] = adam(args, nets["G"], nets["F"])
+    nets["optimizer_D"] = adam(args, nets["D_X"], nets["D_Y"])
+    nets["buffer_x"] = ImageBuffer(args.buffer_size)
+    nets["buffer_y"] = ImageBuffer(args.buffer_size)
+    return nets
+
+
+# Differs from pix2pix/train.py: x and y are no pairs
+def build_data(args):
+    """The pictures to train on, and those to look at."""
+    root, name, size = Path(args.data_root), args.data_folder, args.image_size
+    drawn = {"flip": args.flip, "seed": args.seed}
+    load_size = args.load_size if args.jitter else size
+    train_set = UnpairedDataset(root, name, "train", load_size, size, args.swap_xy, **drawn)
+    return train_set, UnpairedDataset(root, name, "test", size, size, args.swap_xy)
+
+
+# Differs from pix2pix/train.py: both directions, and what the translation does to light and dark
+@torch.no_grad()
+def sample(nets, test_set, folder, progress, device):
+    """Writes the grids of the first eight test pictures of each side; measures all of them.
+
+    Returns luminance_xy and luminance_yx, the mean correlation of a picture's luminance with its
+    translation's; where test pictures match by name also l1_xy, the mean |G(x) - y|, and l1_yx.
+    """
+    measured = {}
+    for net, files, truths, name in (
+        (nets["G"], test_set.files_x, test_set.files_y, "xy"),
+        (nets["F"], test_set.files_y, test_set.files_x, "yx"),
+    ):
+        source, target = name
+        images, fakes, correlations, errors = [], [], [], []
+        for index, file in enumerate(files):
+            image = test_set.load(file)[None].to(device)
+            fake = net(image)
+            correlations.append(luminance_correlation(image, fake))
+            if test_set.names_match:
+                errors.append(l1_loss(fake, test_set.load(truths[index])[None].to(device)).item())
+            if index < 8:
+                images, fakes = [*images, image], [*fakes, fake]
+        save_grid(images, folder / f"{source}{progress['epoch']}.png")
+        save_grid(fakes, folder / f"{target}_G{progress['epoch']}.png")
+        measured[f"luminance_{name}"] = sum(correlations) / len(correlations)
+        if errors:
+            measured[f"l1_{name}"] = sum(errors) / len(errors)
+    warn_of_inversion(measured, progress)
+    return measured
+
+
+def luminance_correlation(a, b):
+    """Pearson's correlation of the luminance (Rec. 601) of two pictures, each (1, 3, H, W)."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=a.device).view(1, 3, 1, 1)
+    a, b = ((weights * image).sum(1).flatten() for image in (a, b))
+    a, b = a - a.mean(), b - b.mean()
+    return (a @ b / (a.norm() * b.norm()).clamp_min(1e-8)).item()
+
+
+def warn_of_inversion(measured, progress):
+    """Says, once a run, that light and dark have changed places: --pix-loss prevents it."""
+    inverted = [name for name in measured if name.startswith("lum") and measured[name] < -0.2]
+    if inverted and not progress.get("warned"):
+        progress["warned"] = True
+        print(f"warning: light and dark are inverted ({inverted[0]}); --pix-loss prevents that")
+
+
+# ------------------------------------------------- from here on the same in pix2pix, cycleGAN, CUT
+
+
+def pick_device(args):
+    """The torch device of --device, set up for --precision. RunError where it cannot be used."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "mps" if torch.backends.mps.is_available() else found
+    try:
+        device = torch.device(found if args.device == "auto" else args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"--device {args.device}: {reason}; this machine has {found}") from None
+    if args.precision == "tf32" and device.type != "cuda":
+        raise RunError(f"--precision tf32 is for CUDA devices, this is {device}: fp32 or bf16")
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def prepare(net, args, device):
+    """Moves a network to the device; its forward pass then obeys --precision and --compile."""
+    net = net.to(device)
+    # Weights and gradients, and with them the losses outside, stay in fp32.
+    use_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    net.forward = use_bf16(net.forward)
+    if args.compile:
+        net.compile()
+    return net
+
+
+def adam(args, *nets):
+    """One Adam for all of nets, as the three papers set it; one fused kernel where there is one."""
+    weights = [p for net in nets for p in net.parameters()]
+    fused = weights[0].device.type in ("cpu", "cuda")
+    return torch.optim.Adam(weights, args.lr, betas=(0.5, 0.999), fused=fused)
+
+
+def random_states(device):
+    """The states of torch's generators, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_states(states, device):
+    """Puts back what random_states gave."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        getattr(torch, device.type).set_rng_state(states[device.type])
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into `caught`, read between steps; a second one ends at once."""
+
+    def __enter__(self):
+        self.caught = None
+        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def catch(self, signum, _frame):
+        if self.caught:
+            raise SystemExit(128 + signum)
+        self.caught = signum
+
+
+def ignore_signals(_worker):
+    """Ctrl-C reaches the loading processes too, but they end when the training does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_loader(args, train_set, device):
+    """Batches of train_set, in an order and with draws that the number of workers leaves alone."""
+    return torch.utils.data.DataLoader(
+        train_set,
+        batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # else it would draw from the generator that training uses
+    )
+
+
+class LossLog:
+    """Losses stay on the device and are read many steps at once, so that no step waits for them."""
+
+    def __init__(self, progress):
+        self.progress, self.pending, self.names, self.smooth = progress, [], [], {}
+        self.last_read = time.monotonic()
+
+    def add(self, losses):
+        self.names = list(losses)
+        self.pending.append(torch.stack([value.detach() for value in losses.values()]))
+
+    def read(self):
+        """Adds the pending losses to progress["sums"]. RunError at the first that is not finite."""
+        rows = torch.stack(self.pending).tolist()
+        for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
+            for name, value in zip(self.names, row, strict=True):
+                if not math.isfinite(value):
+                    where = f"step {step}, epoch {self.progress['epoch']}"
+                    advice = "try a lower --lr or --precision fp32, and look for odd pictures"
+                    raise RunError(f"{name} is {value} at {where}; the last checkpoint is from "
+                                   f"before; {advice}")  # fmt: skip
+                self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
+                self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
+        self.pending, self.last_read = [], time.monotonic()
+
+
+def train_epoch(args, nets, loader, progress, stop, device):
+    """Runs what is left of epoch progress["epoch"], or until --max-steps or a signal."""
+    loader.batch_sampler.start(progress["epoch"], progress["batch"])
+    log, started = LossLog(progress), time.monotonic() - progress["seconds"]
+    title = f"epoch {progress['epoch']}/{args.epochs}"
+    bar = tqdm(total=len(loader.dataset), initial=progress["images"], unit="img", desc=title)
+    for batch in loader:
+        batch = [images.to(device, non_blocking=True) for images in batch]
+        log.add(training_step(nets, *batch, args))
+        progress["step"] += 1
+        progress["batch"] += 1
+        progress["images"] += len(batch[0])
+        bar.update(len(batch[0]))
+        ending = stop.caught or progress["step"] == args.max_steps
+        complete = progress["batch"] == len(loader)
+        if ending or complete or time.monotonic() - log.last_read > 0.5:
+            log.read()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in log.smooth.items()})
+        if ending:
+            break
+    bar.close()
+    progress["seconds"] = time.monotonic() - started
+
+
+def train(args):
+    """The whole run. Returns the number of the signal that ended it, or None."""
+    device = pick_device(args)
+    torch.manual_seed(args.seed)
+    train_set, test_set = build_data(args)
+    nets = build(args, device)
+    progress = {"epoch": 1, "batch": 0, "step": 0, "images": 0, "seconds": 0.0, "sums": {}}
+    progress["files"] = len(train_set.files)
+    folder, checkpoint = run_paths(args)
+    if args.resume:
+        load_checkpoint(checkpoint, nets, progress, device)
+    open_run(args, folder, checkpoint, progress, device)
+    announce(args, nets, train_set, test_set, folder, device)
+    loader = build_loader(args, train_set, device)
+    with StopSignal() as stop:
+        while progress["epoch"] <= args.epochs and progress["step"] != args.max_steps:
+            epoch = progress["epoch"]
+            rate = args.lr * lr_factor(epoch, args.epochs, decay_epochs(args))
+            set_learning_rate(nets, rate)
+            train_epoch(args, nets, loader, progress, stop, device)
+            complete = progress["batch"] == len(loader)
+            limit = progress["step"] == args.max_steps
+            due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
+            measured = {}
+            if due or limit:
+                measured = sample(nets, test_set, folder / "val", progress, device)
+            if complete or limit:
+                append_losses(folder, progress, rate, measured)
+            if complete:
+                progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={})
+            if args.save_model and (due or limit or stop.caught):
+                save_checkpoint(checkpoint, args, nets, progress, device)
+            if stop.caught:
+                break
+    say_how_it_ended(args, progress)
+    return stop.caught
+
+
+def set_learning_rate(nets, rate):
+    """Gives every optimizer among nets this learning rate."""
+    for part in nets.values():
+        for group in getattr(part, "param_groups", []):
+            group["lr"] = rate
+
+
+# -------------------------------------------------------------------------------- files of a run
+
+
+def run_paths(args):
+    """The folder of a run's grids, and its checkpoint."""
+    model = HERE / "model" / args.run_name
+    return ROOT / "visualize" / METHOD / args.run_name, model / "checkpoint.pt"
+
+
+def open_run(args, folder, checkpoint, progress, device):
+    """Makes the run's folders and args.json. RunError where another run's files would be lost."""
+    old = [*folder.glob("val/*.png"), *folder.glob("losses.*"), *folder.glob("args.json")]
+    old += [checkpoint] if checkpoint.exists() else []
+    if old and not (args.resume or args.overwrite):
+        options = "--resume goes on with it, --run-name NAME starts another, --overwrite deletes it"
+        raise RunError(f"there is a run of this name already ({old[0]}): {options}")
+    for file in old if args.overwrite else []:
+        file.unlink()
+    (folder / "val").mkdir(parents=True, exist_ok=True)
+    if args.save_model:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if args.resume:  # epochs that came after the checkpoint are done again
+        write_rows(folder, [r for r in read_rows(folder) if int(r["epoch"]) < progress["epoch"]])
+    facts = {"torch": torch.__version__, "device_used": str(device), "commit": git_commit()}
+    (folder / "args.json").write_text(json.dumps({**vars(args), **facts}, indent=2) + "\n")
+
+
+def git_commit():
+    """The commit of this code, with "-dirty" where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def announce(args, nets, train_set, test_set, folder, device):
+    """Says what will run, in numbers."""
+    steps = math.ceil(len(train_set) / args.batch_size)
+    sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
+    print(
+        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, at "
+        f"{args.image_size} px; {args.epochs} epochs of {steps} steps on {device} in "
+        f"{args.precision}; {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
+        f"parameters; grids go to {folder}",
+        flush=True,
+    )
+
+
+def networks(nets):
+    """The (name, network) pairs among nets, which holds optimizers too."""
+    return [(name, part) for name, part in nets.items() if isinstance(part, torch.nn.Module)]
+
+
+def save_grid(images, path):
+    """Writes pictures, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
+    torchvision.utils.save_image((torch.cat(images) + 1) / 2, path, nrow=len(images))
+
+
+def read_rows(folder):
+    """The rows of losses.csv: a dict of strings each."""
+    if not (folder / "losses.csv").exists():
+        return []
+    with open(folder / "losses.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(folder, rows):
+    """Writes losses.csv anew: aside, then into place."""
+    with open(folder / "losses.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(folder / "losses.tmp", folder / "losses.csv")
+
+
+def append_losses(folder, progress, rate, measured):
+    """Adds an epoch's row to losses.csv, means over its steps and what was measured after it."""
+    seconds = max(progress["seconds"], 1e-9)
+    row = {"epoch": progress["epoch"], "seconds": f"{seconds:.2f}"}
+    row.update(images_per_second=f"{progress['images'] / seconds:.2f}", learning_rate=rate)
+    row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
+    rows = [*read_rows(folder), {**row, **measured}]
+    write_rows(folder, rows)
+    plot_losses(rows, folder / "losses.png")
+    if measured:
+        print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()), flush=True)
+
+
+def plot_losses(rows, path):
+    """Draws every column of losses.csv after the learning rate, four plots a line."""
+    names = list(dict.fromkeys(name for row in rows for name in row))[4:]
+    lines = math.ceil(len(names) / 4)
+    figure = Figure(figsize=(14, 3 * lines), layout="constrained")
+    for axes, name in zip(figure.subplots(lines, 4, squeeze=False).flat, names, strict=False):
+        points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
+        axes.plot(*zip(*points, strict=True), ".-", markersize=3)
+        axes.set_title(name)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def save_checkpoint(path, args, nets, progress, device):
+    """Writes the whole run into one file, aside, then into place. RunError where that fails."""
+    state = {name: part.state_dict() for name, part in nets.items()}
+    state.update(method=METHOD, args=vars(args), progress=progress, random=random_states(device))
+    if not all(p.isfinite().all() for _, net in networks(nets) for p in net.parameters()):
+        step = progress["step"]
+        raise RunError(f"a weight is not finite after step {step}; {path} stays as it was")
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save may turn an OSError into the latter
+        aside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot save {path}: {reason}; the one before, if any, is whole") from None
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict. RunError where there is none, or a damaged one, or another method's."""
+    if not path.exists():
+        raise RunError(f"no checkpoint {path}; --save-model writes one, --run-name says which")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        method = state["method"]
+    except Exception as error:  # a damaged file may raise nearly anything
+        kind = type(error).__name__
+        raise RunError(f"{path} is damaged ({kind}); --overwrite starts anew") from None
+    if method != METHOD:
+        raise RunError(f"{path} is a checkpoint of {method}, not of {METHOD}")
+    return state
+
+
+def load_checkpoint(path, nets, progress, device):
+    """Puts everything that save_checkpoint wrote back in its place."""
+    state = read_checkpoint(path)
+    was, now = state["progress"]["files"], progress["files"]
+    if was != now:
+        raise RunError(f"the training set has changed: {was} pictures at the checkpoint, {now} now")
+    for name, part in nets.items():
+        part.load_state_dict(state[name])
+    progress.update(state["progress"])
+    set_random_states(state["random"], device)
+
+
+def adopt_flags(args):
+    """A resumed run's flags: the checkpoint's. RunError where the user typed one otherwise."""
+    free = "data_root epochs num_workers sample_every save_model resume device compile max_steps"
+    saved = read_checkpoint(run_paths(args)[1])["args"]
+    typed = {name: getattr(args, name) for name in args.given}
+    differ = [name for name in typed if name not in free.split() and typed[name] != saved[name]]
+    if differ:
+        each = (f"--{n.replace('_', '-')} is {typed[n]}, was {saved[n]}" for n in differ)
+        raise RunError(f"the checkpoint has other flags: {'; '.join(each)}; leave them out")
+    anew = {"max_steps": None, "overwrite": False, "given": args.given}
+    return argparse.Namespace(**{**saved, **anew, **typed})
+
+
+def say_how_it_ended(args, progress):
+    """The last line of a run: whether it is complete and, if not, how to go on."""
+    if progress["epoch"] > args.epochs:
+        print(f"done: {args.epochs} epochs, {progress['step']} steps")
+    elif args.save_model:
+        again = f"python {METHOD}/train.py --run-name {args.run_name} --resume"
+        print(f"stopped after step {progress['step']}; to go on: {again}")
+    else:
+        print(f"stopped after step {progress['step']}; without --save-model nothing is kept")
+
+
+def main(argv=None):
+    """Runs the command line. Returns the exit status."""
+    args = parse_args(argv)
+    try:
+        caught = train(adopt_flags(args) if args.resume else args)
+    except (RunError, OSError) as error:
+        # From a loading process an error comes with its traceback; the last line is the message.
+        message = str(error).strip().splitlines()[-1].split("RunError: ")[-1]
+        print(f"train.py: error: {message}", file=sys.stderr)
+        return 2
+    return 128 + caught if caught else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
