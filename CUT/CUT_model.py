@@ -273,12 +273,12 @@ def semantic_relation(q, k):
     p, r = log_p.exp(), log_r.exp()
     log_m = ((p + r) / 2).log()
     return ((p * (log_p - log_m) + r * (log_r - log_m)) / 2).sum((1, 2))
-    """Returns net with Xavier-normal weights of gain 0.02, as the authors have it, biases 0."""
+
 
 # Differs from pix2pix/pix2pix_model.py: Xavier's width, linear layers, no batch norm
 # Differs from cycleGAN/cycleGAN_model.py: Xavier's width, linear layers, no batch norm
 def initialize_weights(net):
-    """Returns net with Xavier-normal weights of gain 0.02, as the authors' code has it, biases 0."""
+    """Returns net with Xavier-normal weights of gain 0.02, as the authors have it, biases 0."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.xavier_normal_(layer.weight, gain=0.02)

@@ -66,7 +66,7 @@ DATASETS = {
 }
 
 # As TensorFlow Datasets recorded them for the same archives at their former address (its
-# url_checksums/cycle_gan.txt). cityscapes is left out: its archive has been replaced since.
+# url_checksums/cycle_gan.txt). cityscapes is left out: its archive seems to be another one by now.
 SHA256 = {
     "apple2orange": "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
     "summer2winter_yosemite": "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",

@@ -57,10 +57,10 @@ def write_pairs(root, name="pairs", train=6, test=3, size=32, seed=0):
 
 
 def write_unpaired(root, name="unpaired", train=(6, 4), test=3, size=32, seed=0):
-    """An unpaired set, y being the negative of an x; test/x and test/y match by name. Returns root."""
+    """An unpaired set, y the negative of an x; test/x and test/y match by name. Returns root."""
     rng = np.random.default_rng(seed)
     for split, counts in (("train", train), ("test", (test, test))):
-        for side, count in zip("xy", counts, strict=True):
+        for side in "xy":
             (root / name / split / side).mkdir(parents=True, exist_ok=True)
         for index in range(max(counts)):
             x = np.asarray(picture(rng, size, size))
