@@ -84,7 +84,8 @@ def check_common_flags(parser, args, argv):
     typed = vars(parser.parse_args(argv, unset))
     args.given = sorted(name for name, value in typed.items() if value is not None)
     args.run_name = args.run_name or Path(args.data_folder).name
-    if Path(args.run_name).name != args.run_name or args.run_name.startswith("."):
+    plain = Path(args.run_name).name == args.run_name
+    if not plain or args.run_name[:1] in ("", "."):
         parser.error(f"--run-name {args.run_name} is not a plain folder name")
     if args.jitter and args.load_size < args.image_size:
         sizes = f"--load-size {args.load_size} is below --image-size {args.image_size}"
@@ -380,14 +381,15 @@ def train(args):
     open_run(args, folder, checkpoint, progress, device)
     announce(args, nets, train_set, test_set, folder, device)
     loader = build_loader(args, train_set, device)
+    max_steps = args.max_steps or math.inf
     with StopSignal() as stop:
-        while progress["epoch"] <= args.epochs and progress["step"] != args.max_steps:
+        while progress["epoch"] <= args.epochs and progress["step"] < max_steps:
             epoch = progress["epoch"]
             rate = args.lr * lr_factor(epoch, args.epochs, decay_epochs(args))
             set_learning_rate(nets, rate)
             train_epoch(args, nets, loader, progress, stop, device)
             complete = progress["batch"] == len(loader)
-            limit = progress["step"] == args.max_steps
+            limit = progress["step"] == max_steps
             due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
             measured = {}
             if due or limit:
@@ -441,8 +443,10 @@ def open_run(args, folder, checkpoint, progress, device):
 def git_commit():
     """The commit of this code, with "-dirty" where files differ from it; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    try:
+        return subprocess.check_output(command, cwd=HERE, stderr=subprocess.DEVNULL, text=True)[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def announce(args, nets, train_set, test_set, folder, device):
@@ -564,12 +568,13 @@ def adopt_flags(args):
     free = "data_root epochs num_workers sample_every save_model resume device compile max_steps"
     saved = read_checkpoint(run_paths(args)[1])["args"]
     typed = {name: getattr(args, name) for name in args.given}
-    differ = [name for name in typed if name not in free.split() and typed[name] != saved[name]]
+    fixed = [name for name in typed if name in saved and name not in free.split()]
+    differ = [name for name in fixed if typed[name] != saved[name]]
     if differ:
         each = (f"--{n.replace('_', '-')} is {typed[n]}, was {saved[n]}" for n in differ)
         raise RunError(f"the checkpoint has other flags: {'; '.join(each)}; leave them out")
     anew = {"max_steps": None, "overwrite": False, "given": args.given}
-    return argparse.Namespace(**{**saved, **anew, **typed})
+    return argparse.Namespace(**{**vars(args), **saved, **anew, **typed})
 
 
 def say_how_it_ended(args, progress):
