@@ -133,6 +133,9 @@ def parse_args(argv=None):
     unknown = [name for name in args.feat_str.split(", ") if name not in layers]
     if unknown and not args.resume:
         parser.error(f"--feat-str has {unknown[0]!r}; the layers are {', '.join(layers)}")
+    deepest = args.feat_str.split(", ")[-2:]
+    if args.query == "attention" and not all(name[:4] in ("d256", "R256") for name in deepest):
+        parser.error(f"--query attention wants deep layers last in --feat-str, not {deepest}")
     for name in set(FAST) - set(args.given) if args.fast else ():
         setattr(args, name, FAST[name])
     return args
