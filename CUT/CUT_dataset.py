@@ -55,7 +55,8 @@ def missing_data(root, name, wanted):
     folder = root / name
     if folder.is_dir():
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
-        return RunError(f"{folder} holds {found}; expected {wanted} (datasets/README.md)")
+        made = "python datasets/make_toy.py makes sets to compare with"
+        return RunError(f"{folder} holds {found}; expected {wanted}; {made} (datasets/README.md)")
     sets = [f.name for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
     sets = sorted(name for name in sets if name[0] not in "._")
     near = difflib.get_close_matches(name, sets, n=1)

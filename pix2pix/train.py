@@ -6,9 +6,12 @@ https://arxiv.org/abs/1611.07004. Grids and losses appear in visualize/pix2pix/<
 """
 
 import argparse
+import atexit
+import contextlib
 import csv
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -236,6 +239,8 @@ def pick_device(args):
     try:
         device = torch.device(found if args.device == "auto" else args.device)
         torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("training is for cpu, cuda or mps")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"--device {args.device}: {reason}; this machine has {found}") from None
@@ -299,13 +304,21 @@ class StopSignal:
 
 
 def ignore_signals(_worker):
-    """Ctrl-C reaches the loading processes too, but they end when the training does."""
+    """A signal to the whole group must not end the loading processes before the last step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def end_loading():
+    """Ends the loading processes, which ignore_signals has made deaf to the usual way."""
+    signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def build_loader(args, train_set, device):
     """Batches of train_set, in an order and with draws that the number of workers leaves alone."""
+    atexit.register(end_loading)
     return torch.utils.data.DataLoader(
         train_set,
         batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed),
@@ -315,6 +328,11 @@ def build_loader(args, train_set, device):
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # else it would draw from the generator that training uses
     )
+
+
+def total_last(named):
+    """Sorts (name, value) such that a term comes before the sum that it spoils."""
+    return named[0].endswith("total")
 
 
 class LossLog:
@@ -332,12 +350,14 @@ class LossLog:
         """Adds the pending losses to progress["sums"]. RunError at the first that is not finite."""
         rows = torch.stack(self.pending).tolist()
         for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
-            for name, value in zip(self.names, row, strict=True):
+            named = list(zip(self.names, row, strict=True))
+            for name, value in sorted(named, key=total_last):
                 if not math.isfinite(value):
                     where = f"step {step}, epoch {self.progress['epoch']}"
                     advice = "try a lower --lr or --precision fp32, and look for odd pictures"
                     raise RunError(f"{name} is {value} at {where}; the last checkpoint is from "
                                    f"before; {advice}")  # fmt: skip
+            for name, value in named:
                 self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
                 self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
         self.pending, self.last_read = [], time.monotonic()
@@ -348,22 +368,22 @@ def train_epoch(args, nets, loader, progress, stop, device):
     loader.batch_sampler.start(progress["epoch"], progress["batch"])
     log, started = LossLog(progress), time.monotonic() - progress["seconds"]
     title = f"epoch {progress['epoch']}/{args.epochs}"
-    bar = tqdm(total=len(loader.dataset), initial=progress["images"], unit="img", desc=title)
-    for batch in loader:
-        batch = [images.to(device, non_blocking=True) for images in batch]
-        log.add(training_step(nets, *batch, args))
-        progress["step"] += 1
-        progress["batch"] += 1
-        progress["images"] += len(batch[0])
-        bar.update(len(batch[0]))
-        ending = stop.caught or progress["step"] == args.max_steps
-        complete = progress["batch"] == len(loader)
-        if ending or complete or time.monotonic() - log.last_read > 0.5:
-            log.read()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in log.smooth.items()})
-        if ending:
-            break
-    bar.close()
+    whole = {"total": len(loader.dataset), "initial": progress["images"]}
+    with tqdm(desc=title, unit="img", **whole) as bar:
+        for batch in loader:
+            batch = [images.to(device, non_blocking=True) for images in batch]
+            log.add(training_step(nets, *batch, args))
+            progress["step"] += 1
+            progress["batch"] += 1
+            progress["images"] += len(batch[0])
+            bar.update(len(batch[0]))
+            ending = stop.caught or progress["step"] == args.max_steps
+            complete = progress["batch"] == len(loader)
+            if ending or complete or time.monotonic() - log.last_read > 0.5:
+                log.read()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in log.smooth.items()})
+            if ending:
+                break
     progress["seconds"] = time.monotonic() - started
 
 
@@ -472,6 +492,22 @@ def save_grid(images, path):
     torchvision.utils.save_image((torch.cat(images) + 1) / 2, path, nrow=len(images))
 
 
+@contextlib.contextmanager
+def replacing(path, mode):
+    """A file that takes path's place once it is whole. RunError where that fails; path is safe."""
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
+        aside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot write {path}: {reason}; what was there before is whole") from None
+
+
 def read_rows(folder):
     """The rows of losses.csv: a dict of strings each."""
     if not (folder / "losses.csv").exists():
@@ -481,12 +517,12 @@ def read_rows(folder):
 
 
 def write_rows(folder, rows):
-    """Writes losses.csv anew: aside, then into place."""
-    with open(folder / "losses.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+    """Writes losses.csv anew."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with replacing(folder / "losses.csv", "w") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(folder / "losses.tmp", folder / "losses.csv")
 
 
 def append_losses(folder, progress, rate, measured):
@@ -517,23 +553,14 @@ def plot_losses(rows, path):
 
 
 def save_checkpoint(path, args, nets, progress, device):
-    """Writes the whole run into one file, aside, then into place. RunError where that fails."""
+    """Writes the whole run into one file. RunError where that fails or a weight is not finite."""
     state = {name: part.state_dict() for name, part in nets.items()}
     state.update(method=METHOD, args=vars(args), progress=progress, random=random_states(device))
     if not all(p.isfinite().all() for _, net in networks(nets) for p in net.parameters()):
         step = progress["step"]
         raise RunError(f"a weight is not finite after step {step}; {path} stays as it was")
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save may turn an OSError into the latter
-        aside.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise RunError(f"cannot save {path}: {reason}; the one before, if any, is whole") from None
+    with replacing(path, "wb") as file:
+        torch.save(state, file)
 
 
 def read_checkpoint(path):
@@ -542,7 +569,7 @@ def read_checkpoint(path):
         raise RunError(f"no checkpoint {path}; --save-model writes one, --run-name says which")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        method = state["method"]
+        method = [state[part] for part in ("args", "progress", "random", "method")][-1]
     except Exception as error:  # a damaged file may raise nearly anything
         kind = type(error).__name__
         raise RunError(f"{path} is damaged ({kind}); --overwrite starts anew") from None
@@ -557,8 +584,12 @@ def load_checkpoint(path, nets, progress, device):
     was, now = state["progress"]["files"], progress["files"]
     if was != now:
         raise RunError(f"the training set has changed: {was} pictures at the checkpoint, {now} now")
-    for name, part in nets.items():
-        part.load_state_dict(state[name])
+    try:
+        for name, part in nets.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path} does not fit ({reason}); --overwrite starts anew") from None
     progress.update(state["progress"])
     set_random_states(state["random"], device)
 

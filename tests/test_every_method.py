@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -205,6 +206,22 @@ def test_sampling_does_not_change_the_training(run, straight):
     assert same_weights(run.state(), straight["checkpoint"])
 
 
+def test_every_epoch_draws_order_and_crops_anew(run, monkeypatch):
+    seen, training_step = [], run.module.training_step
+
+    def watched(nets, x, *rest):
+        seen.append(x)
+        return training_step(nets, x, *rest)
+
+    monkeypatch.setattr(run.module, "training_step", watched)
+    assert run(*FOUR_EPOCHS) == 0
+    epochs = [torch.cat(seen[first : first + 2]) for first in range(0, 8, 2)]
+    assert [len(epoch) for epoch in epochs] == [6] * 4
+    for one, other in itertools.combinations(epochs, 2):
+        assert not torch.equal(one, other)  # nor is it the same in another order
+        assert not torch.equal(one.sum((1, 2, 3)).sort()[0], other.sum((1, 2, 3)).sort()[0])
+
+
 def test_the_seed_changes_the_run(run, straight):
     assert run(*FOUR_EPOCHS, "--seed", "1") == 0
     assert not same_weights(run.state(), straight["checkpoint"])
@@ -260,14 +277,15 @@ def test_folder_copied_out_alone_trains_and_stops_cleanly(run, tmp_path):
     elsewhere.mkdir()
     flags = ["--epochs", "10000", "--batch-size", "4", "--save-model"]
     command = [sys.executable, script, *run.argv(*flags, "--num-workers", "2")]
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(
-        command, cwd=elsewhere, env=environment(), text=True, stdout=-1, stderr=-1
+        command, cwd=elsewhere, env=environment(), start_new_session=True, **pipes
     ) as process:
         deadline = time.monotonic() + 120
         while not (run.folder / "losses.csv").exists() and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # its loading processes get it, too
         out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "Traceback" not in err
@@ -815,6 +833,23 @@ def test_a_cut_off_picture_found_while_training(run, capsys, workers):
     assert run("--epochs", "1", "--num-workers", workers) == 2
     error = error_line(capsys)
     assert str(bad) in error and "cannot read the image" in error
+
+
+def test_the_script_ends_where_a_loading_process_meets_a_cut_off_picture(run):
+    """Ends: it does not wait for the other loading processes for ever."""
+    bad = run.training_files()[2]
+    bad.write_bytes(bad.read_bytes()[:-100])
+    command = [sys.executable, copy_method(run), *run.argv("--num-workers", "2")]
+    with subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        try:
+            assert process.wait(timeout=60) == 2
+        finally:
+            os.killpg(process.pid, signal.SIGKILL) if process.returncode is None else None
+        error = process.stderr.read()
+    assert "Traceback" not in error
+    assert str(bad) in error.rpartition("train.py: error: ")[2]
 
 
 def test_a_cut_off_picture_found_while_sampling(run, capsys):
