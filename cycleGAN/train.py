@@ -294,8 +294,8 @@ def sample(nets, test_set, folder, progress, device):
 
 def luminance_correlation(a, b):
     """Pearson's correlation of the luminance (Rec. 601) of two pictures, each (1, 3, H, W)."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=a.device).view(1, 3, 1, 1)
-    a, b = ((weights * image).sum(1).flatten() for image in (a, b))
+    weights = torch.tensor([0.299, 0.587, 0.114]).double().view(1, 3, 1, 1)
+    a, b = ((weights * image.cpu().double()).sum(1).flatten() for image in (a, b))
     a, b = a - a.mean(), b - b.mean()
     return (a @ b / (a.norm() * b.norm()).clamp_min(1e-8)).item()
 
