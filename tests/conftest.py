@@ -1,8 +1,11 @@
 """What the tests share: the three folders' modules, and small pictures made on the spot."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait let other programs run
 
 import numpy as np
 import pytest
