@@ -94,7 +94,7 @@ def check_common_flags(parser, args, argv):
     plain = Path(args.run_name).name == args.run_name
     if not plain or args.run_name[:1] in ("", "."):
         parser.error(f"--run-name {args.run_name} is not a plain folder name")
-    if args.jitter and args.load_size < args.image_size:
+    if args.jitter and args.load_size < args.image_size and not args.resume:
         sizes = f"--load-size {args.load_size} is below --image-size {args.image_size}"
         parser.error(f"{sizes}: raise it, or give --no-jitter")
     if args.resume and args.overwrite:
@@ -129,18 +129,20 @@ def parse_args(argv=None):
     nce("--src-ratio", type=ratio, default=0.0, help="weight of semantic relations; 0: none [0]")
     args = parser.parse_args(argv)
     check_common_flags(parser, args, argv)
+    args.feat_str = ", ".join(name.strip() for name in args.feat_str.split(","))
+    for name in set(FAST) - set(args.given) if args.fast else ():
+        setattr(args, name, FAST[name])
+    if args.resume:
+        return args  # the flags that count are the checkpoint's; they were checked then
     if args.image_size < 32 or args.image_size % 4:
         parser.error(f"--image-size {args.image_size}: wanted is a multiple of 4 from 32 on")
     layers = ["pix", "c7s1_64", "d128", "d256", *(f"R256_{k}" for k in range(1, args.n_layers + 1))]
-    args.feat_str = ", ".join(name.strip() for name in args.feat_str.split(","))
     unknown = [name for name in args.feat_str.split(", ") if name not in layers]
-    if unknown and not args.resume:
+    if unknown:
         parser.error(f"--feat-str has {unknown[0]!r}; the layers are {', '.join(layers)}")
     deepest = args.feat_str.split(", ")[-2:]
     if args.query == "attention" and not all(name[:4] in ("d256", "R256") for name in deepest):
         parser.error(f"--query attention wants deep layers last in --feat-str, not {deepest}")
-    for name in set(FAST) - set(args.given) if args.fast else ():
-        setattr(args, name, FAST[name])
     return args
 
 
@@ -198,8 +200,7 @@ def patch_nce(H, queries, keys, args):
     contrast = {"infonce": infonce, "ence": ence, "hdce": hdce}[args.nce]
     total, relation = [], []
     for tap, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        key = key.detach() if args.detach else key
-        # QS-Attn: attention chooses at the two deepest taps, chance at the others.
+        # QS-Attn: attention chooses at the two deepest taps, the last ones, chance at the others.
         attends = args.query == "attention" and tap >= len(keys) - 2
         choose = attention_patches if attends else random_patches
         where = choose(key.detach(), args.num_patches)  # the same in query and key

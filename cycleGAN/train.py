@@ -92,7 +92,7 @@ def check_common_flags(parser, args, argv):
     plain = Path(args.run_name).name == args.run_name
     if not plain or args.run_name[:1] in ("", "."):
         parser.error(f"--run-name {args.run_name} is not a plain folder name")
-    if args.jitter and args.load_size < args.image_size:
+    if args.jitter and args.load_size < args.image_size and not args.resume:
         sizes = f"--load-size {args.load_size} is below --image-size {args.image_size}"
         parser.error(f"{sizes}: raise it, or give --no-jitter")
     if args.resume and args.overwrite:
@@ -118,10 +118,12 @@ def parse_args(argv=None):
     method("--pix-pool", type=count, default=1, help="--pix-loss of NxN means; 1: of pixels [1]")
     args = parser.parse_args(argv)
     check_common_flags(parser, args, argv)
+    if args.resume:
+        return args  # the flags that count are the checkpoint's; they were checked then
     if args.image_size < 32 or args.image_size % 4:
         parser.error(f"--image-size {args.image_size}: wanted is a multiple of 4 from 32 on")
     unused = {"pix_ratio", "pix_blur", "pix_pool"} & set(args.given)
-    if unused and not (args.pix_loss or args.resume):
+    if unused and not args.pix_loss:
         parser.error(f"--{unused.pop().replace('_', '-')} does nothing without --pix-loss")
     if args.image_size % args.pix_pool:
         parser.error(f"--pix-pool {args.pix_pool} does not divide --image-size {args.image_size}")

@@ -90,7 +90,7 @@ def check_common_flags(parser, args, argv):
     plain = Path(args.run_name).name == args.run_name
     if not plain or args.run_name[:1] in ("", "."):
         parser.error(f"--run-name {args.run_name} is not a plain folder name")
-    if args.jitter and args.load_size < args.image_size:
+    if args.jitter and args.load_size < args.image_size and not args.resume:
         sizes = f"--load-size {args.load_size} is below --image-size {args.image_size}"
         parser.error(f"{sizes}: raise it, or give --no-jitter")
     if args.resume and args.overwrite:
@@ -106,6 +106,8 @@ def parse_args(argv=None):
     method("--l1-ratio", type=number(float, 0), default=100.0, help="weight of L1; 0: none [100]")
     args = parser.parse_args(argv)
     check_common_flags(parser, args, argv)
+    if args.resume:
+        return args  # the flags that count are the checkpoint's; they were checked then
     if args.image_size < 32 or args.image_size & (args.image_size - 1):
         wanted = "the U-Net halves it down to one pixel: 32, 64, 128, 256, 512, ..."
         parser.error(f"--image-size {args.image_size}: {wanted}")

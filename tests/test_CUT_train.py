@@ -227,8 +227,9 @@ def test_attention_chooses_at_the_two_deepest_taps(train, monkeypatch):
     by_chance = spy(monkeypatch, train, "random_patches")
     attended = spy(monkeypatch, train, "attention_patches")
     queries, keys = features(0), features(1)
-    args = train.parse_args([*SMALL, "--query", "attention", "--num-patches", "7"])
-    train.patch_nce(toy_H, queries, keys, args)
+    flags = ["--query", "attention", "--num-patches", "7", "--no-detach"]
+    keys = [key.requires_grad_() for key in keys]
+    train.patch_nce(toy_H, queries, keys, train.parse_args([*SMALL, *flags]))
     assert [call[0][0].shape[1] for call in by_chance] == [3]
     assert [call[0][0].shape[1] for call in attended] == [6, 5]
     assert all(torch.equal(call[0][0], key) for call, key in zip(attended, keys[1:], strict=True))

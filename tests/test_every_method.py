@@ -222,9 +222,34 @@ def test_every_epoch_draws_order_and_crops_anew(run, monkeypatch):
         assert not torch.equal(one.sum((1, 2, 3)).sort()[0], other.sum((1, 2, 3)).sort()[0])
 
 
-def test_the_seed_changes_the_run(run, straight):
-    assert run(*FOUR_EPOCHS, "--seed", "1") == 0
-    assert not same_weights(run.state(), straight["checkpoint"])
+def test_the_seed_changes_weights_order_and_crops(run, monkeypatch):
+    def first_epoch(*flags):
+        """The weights at the start, and the pictures x in the order in which they come."""
+        seen, training_step = [], run.module.training_step
+
+        def watched(nets, x, *rest):
+            weights = [p.detach().clone() for p in nets["G"].parameters()]
+            seen.append((weights, x))
+            return training_step(nets, x, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run.module, "training_step", watched)
+            assert run("--epochs", "1", "--batch-size", "4", "--overwrite", *flags) == 0
+        return seen[0][0], torch.cat([x for _, x in seen])
+
+    weights, pictures = first_epoch("--no-jitter", "--no-flip")
+    again, same_pictures = first_epoch("--no-jitter", "--no-flip")
+    assert all(torch.equal(p, q) for p, q in zip(weights, again, strict=True))
+    assert torch.equal(pictures, same_pictures)
+    other, in_another_order = first_epoch("--no-jitter", "--no-flip", "--seed", "1")
+    kernels = [(p, q) for p, q in zip(weights, other, strict=True) if p.dim() == 4]
+    assert kernels and not any(torch.equal(p, q) for p, q in kernels)
+    assert not torch.equal(pictures, in_another_order)
+
+    def sums(seed):  # of each picture, whatever their order
+        return first_epoch("--seed", seed)[1].sum((1, 2, 3)).sort()[0]
+
+    assert not torch.allclose(sums("0"), sums("1"))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
