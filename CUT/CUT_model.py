@@ -201,7 +201,7 @@ def attention_patches(feature, num_patches):
     """The rows of feature's self-attention with the lowest entropy: (N, S, H * W), sums of 1.
 
     QS-Attn (Hu et al. 2022, https://arxiv.org/abs/2203.08483): positions that attend to few others
-    say the most about the picture. feature: (N, C, H, W), of the source picture.
+    say the most about the picture. feature: (N, C, H, W), of the source picture; it is detached.
     """
     vectors = feature.float().flatten(2).transpose(1, 2)  # (N, H * W, C)
     log_attention = (vectors @ vectors.transpose(1, 2)).log_softmax(2)  # (N, H * W, H * W)
@@ -247,15 +247,15 @@ def ence(q, k, tau):
     return (log_A + log_B) / 2
 
 
-def hdce(q, k, tau, gamma=10.0):
+def hdce(q, k, tau, gamma=1.0):
     """The decoupled NCE with hard negatives of Jung et al. 2022, https://arxiv.org/abs/2203.01532.
 
     l_i = log sum_{j != i} exp((w_ij q_i k_j - q_i k_i) / tau), where w_ij, at most 1, grows with
     exp(k_i k_j / gamma): negatives that mean the same as i weigh more. q, k: (N, S, C), S > 1.
     Returns (N, S).
     """
-    # Authors' code: gamma falls from 50 to 10 during the training. Here: 10, because with unit
-    # vectors either leaves w between 0.8 and 1.
+    # Authors' code: gamma is 1 unless a curriculum, 50 down to 10, is asked for. Here: 1, because
+    # with unit vectors 10 leaves w between 0.8 and 1.
     itself = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
     relation = (k @ k.transpose(1, 2) / gamma).masked_fill(itself, -math.inf).softmax(2)
     w = (relation / relation.amax(2, keepdim=True)).detach()  # (N, S, S)

@@ -2,7 +2,7 @@
 https://arxiv.org/abs/2007.15651. Grids and losses appear in visualize/CUT/<run-name>/.
 
     python CUT/train.py --data-folder facades_unpaired --save-model
-    python CUT/train.py --data-folder monet2photo --swap-xy --fast          # FastCUT
+    python CUT/train.py --data-folder monet2photo --swap-xy --fast --save-model   # FastCUT
 """
 
 import argparse
@@ -71,7 +71,7 @@ def add_common_flags(parser, epochs):
     training("--lr", type=positive, default=2e-4, help="Adam's learning rate at first [2e-4]")
     training("--ngf", type=count, default=64, help="filters of the generator's first layer [64]")
     training("--ndf", type=count, default=64, help="filters of the discriminator's first [64]")
-    training("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every draw [0]")
+    training("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every random draw [0]")
     training("--max-steps", type=count, help="stop once this many steps are done in all [off]")
 
     run = parser.add_argument_group("run").add_argument
@@ -81,7 +81,8 @@ def add_common_flags(parser, epochs):
     run("--resume", action="store_true", help="go on from the checkpoint, with its flags [off]")
     run("--overwrite", action="store_true", help="delete the run of this name, start anew [off]")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    run("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of layers [fp32]")
+    kinds = ["fp32", "tf32", "bf16"]
+    run("--precision", choices=kinds, default="fp32", help="of the networks' arithmetic [fp32]")
     run("--compile", action="store_true", help="torch.compile: slow start, fast steps [off]")
 
 
@@ -90,6 +91,7 @@ def check_common_flags(parser, args, argv):
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     typed = vars(parser.parse_args(argv, unset))
     args.given = sorted(name for name, value in typed.items() if value is not None)
+    args.data_root = str(Path(args.data_root).expanduser().resolve())
     args.run_name = args.run_name or Path(args.data_folder).name
     plain = Path(args.run_name).name == args.run_name
     if not plain or args.run_name[:1] in ("", "."):
@@ -120,12 +122,15 @@ def parse_args(argv=None):
     method("--flip-equivariance", action=switch, default=False, help="G mirrors with x [off]")
 
     nce = parser.add_argument_group("CUT, the contrast").add_argument
-    nce("--feat-str", default="pix, d128, d256, R256_1, R256_5", help="layers [%(default)s]")
+    taps = "pix, d128, d256, R256_1, R256_5"
+    nce("--feat-str", default=taps, help="layers of G whose features are compared [%(default)s]")
     nce("--num-patches", type=number(int, 2), default=256, help="positions a picture [256]")
     nce("--tau", type=number(float, 1e-6), default=0.07, help="temperature of the NCE [0.07]")
     nce("--detach", action=switch, default=True, help="no gradient through the keys [on]")
-    nce("--nce", choices=["infonce", "ence", "hdce"], default="infonce", help="[infonce]")
-    nce("--query", choices=["random", "attention"], default="random", help="patches [random]")
+    losses = "cross entropy of the paper, exponential NCE, decoupled with hard negatives [infonce]"
+    places = "which patches: by chance, or by self-attention on the two deepest layers [random]"
+    nce("--nce", choices=["infonce", "ence", "hdce"], default="infonce", help=losses)
+    nce("--query", choices=["random", "attention"], default="random", help=places)
     nce("--src-ratio", type=ratio, default=0.0, help="weight of semantic relations; 0: none [0]")
     args = parser.parse_args(argv)
     check_common_flags(parser, args, argv)
@@ -139,7 +144,8 @@ def parse_args(argv=None):
     layers = ["pix", "c7s1_64", "d128", "d256", *(f"R256_{k}" for k in range(1, args.n_layers + 1))]
     unknown = [name for name in args.feat_str.split(", ") if name not in layers]
     if unknown:
-        parser.error(f"--feat-str has {unknown[0]!r}; the layers are {', '.join(layers)}")
+        there = f"with --n-layers {args.n_layers} the layers are {', '.join(layers)}"
+        parser.error(f"--feat-str has {unknown[0]!r}; {there}")
     deepest = args.feat_str.split(", ")[-2:]
     if args.query == "attention" and not all(name[:4] in ("d256", "R256") for name in deepest):
         parser.error(f"--query attention wants deep layers last in --feat-str, not {deepest}")
@@ -219,24 +225,23 @@ def losses_G(G, D, H, fake_y, same_y, keys_x, keys_y, mirrored, args):
     """What G and H minimize, G_total, and its terms.
 
     fake_y = G(x): (N, 3, H, W); same_y = G(y), or None; keys_x, keys_y: features of x and y, lists
-    over taps; mirrored: whether fake_y is G of the mirrored x. Reads the ratios in args.
+    over taps; mirrored: whether G was given mirrored pictures. Reads the ratios in args.
     """
     generated = fake_y if same_y is None else torch.cat([fake_y, same_y])
     queries = G(generated, args.feat_str.split(", "), encode_only=True)
-    queries_x, queries_y = halves(queries, len(fake_y))
     if mirrored:
-        queries_x = [query.flip(3) for query in queries_x]
+        queries = [query.flip(3) for query in queries]
+    queries_x, queries_y = halves(queries, len(fake_y))
 
     loss = {"G_gan": gan_loss(D(fake_y), True)}  # Eq. 1
     loss["NCE"], relation = patch_nce(H, queries_x, keys_x, args)
     if same_y is None:
         total = loss["G_gan"] + args.NCE_ratio * loss["NCE"]
     else:
-        loss["NCE_id"], relation_id = patch_nce(H, queries_y, keys_y, args)
-        relation = (relation + relation_id) / 2
+        loss["NCE_id"], _ = patch_nce(H, queries_y, keys_y, args)
         # Paper: the sum of both. Authors' code: half of it. Here: half of it.
         nce = (args.NCE_ratio * loss["NCE"] + args.NCE_ratio_id * loss["NCE_id"]) / 2
-        total = loss["G_gan"] + nce
+        total = loss["G_gan"] + nce  # the final objective of section 3
     if args.src_ratio > 0:
         loss["SRC"] = relation
         total = total + args.src_ratio * relation
@@ -260,15 +265,15 @@ def training_step(nets, x, y, args):
     G, D, H = nets["G"], nets["D"], nets["H"]
     taps, n = args.feat_str.split(", "), len(x)
     mirrored = args.flip_equivariance and bool(torch.rand(()) < 0.5)
-    source = x.flip(3) if mirrored else x
     identity = args.NCE_ratio_id > 0
+    source = torch.cat([x, y]) if identity else x
 
     # One pass gives the translations and, as they are made, the features that serve as keys.
-    image, features = G(torch.cat([source, y]) if identity else source, taps)
+    image, keys = G(source.flip(3) if mirrored else source, taps)
+    if mirrored:  # then the keys are those of the pictures as they are
+        keys = G(source, taps, encode_only=True)
     fake_y, same_y = (image[:n], image[n:]) if identity else (image, None)
-    keys_x, keys_y = halves(features, n)
-    if mirrored:  # but the keys are those of x as it is
-        keys_x = G(x, taps, encode_only=True)
+    keys_x, keys_y = halves(keys, n)
 
     d = losses_D(D, y, nets["buffer_y"](fake_y), "D")
     descend(d["D_total"], nets["optimizer_D"])
@@ -336,7 +341,8 @@ def sample(nets, test_set, folder, progress, device):
     with its translation's; and, where test pictures match by name, l1, the mean |G(x) - y|.
     """
     measured, images, fakes = {}, [], []
-    for index, file in enumerate(test_set.files_x):
+    bar = tqdm(test_set.files_x, desc="test", unit="img", leave=False)
+    for index, file in enumerate(bar):
         x = test_set.load(file)[None].to(device)
         fake_y = nets["G"](x)
         values = {"change": l1_loss(fake_y, x).item()}
@@ -368,8 +374,8 @@ def warn_of_inversion(measured, progress):
     inverted = [name for name in measured if name.startswith("lum") and measured[name] < -0.2]
     if inverted and not progress.get("warned"):
         progress["warned"] = True
-        where = f"between input and translation ({inverted[0]})"
-        print(f"warning: light and dark are inverted {where}; a higher --NCE-ratio prevents that")
+        what = f"{inverted[0]} is {measured[inverted[0]]:.2f}: light and dark change places"
+        print(f"warning: {what}; with labels that may be right, else a higher --NCE-ratio counters it")
 
 
 # ------------------------------------------------- from here on the same in pix2pix, cycleGAN, CUT
@@ -377,16 +383,15 @@ def warn_of_inversion(measured, progress):
 
 def pick_device(args):
     """The torch device of --device, set up for --precision. RunError where it cannot be used."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    found = "mps" if torch.backends.mps.is_available() else found
+    usable = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    usable.append("cpu")
     try:
-        device = torch.device(found if args.device == "auto" else args.device)
+        device = torch.device(usable[0] if args.device == "auto" else args.device)
+        if device.type not in usable:
+            raise RuntimeError(f"not to be had here, only {' and '.join(usable)}")
         torch.zeros(1, device=device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("training is for cpu, cuda or mps")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"--device {args.device}: {reason}; this machine has {found}") from None
+    except RuntimeError as error:
+        raise RunError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.precision == "tf32" and device.type != "cuda":
         raise RunError(f"--precision tf32 is for CUDA devices, this is {device}: fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
@@ -416,16 +421,20 @@ def adam(args, *nets):
 def random_states(device):
     """The states of torch's generators, by device type."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
 def set_random_states(states, device):
     """Puts back what random_states gave."""
     torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and device.type in states:
-        getattr(torch, device.type).set_rng_state(states[device.type])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 class StopSignal:
@@ -444,6 +453,7 @@ class StopSignal:
         if self.caught:
             raise SystemExit(128 + signum)
         self.caught = signum
+        print("\nstopping soon; a second time stops at once", file=sys.stderr)
 
 
 def ignore_signals(_worker):
@@ -498,8 +508,8 @@ class LossLog:
                 if not math.isfinite(value):
                     where = f"step {step}, epoch {self.progress['epoch']}"
                     advice = "try a lower --lr or --precision fp32, and look for odd pictures"
-                    raise RunError(f"{name} is {value} at {where}; the last checkpoint is from "
-                                   f"before; {advice}")  # fmt: skip
+                    kept = "a checkpoint from before is kept"
+                    raise RunError(f"{name} is {value} at {where}; {kept}; {advice}")
             for name, value in named:
                 self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
                 self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
@@ -544,7 +554,7 @@ def train(args):
     open_run(args, folder, checkpoint, progress, device)
     announce(args, nets, train_set, test_set, folder, device)
     loader = build_loader(args, train_set, device)
-    max_steps = args.max_steps or math.inf
+    max_steps, caught = args.max_steps or math.inf, None
     with StopSignal() as stop:
         while progress["epoch"] <= args.epochs and progress["step"] < max_steps:
             epoch = progress["epoch"]
@@ -556,17 +566,23 @@ def train(args):
             due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
             measured = {}
             if due or limit:
-                measured = sample(nets, test_set, folder / "val", progress, device)
+                try:
+                    measured = sample(nets, test_set, folder / "val", progress, device)
+                except RunError:  # a test picture cannot be read; the epoch must not be lost
+                    if args.save_model:
+                        save_checkpoint(checkpoint, args, nets, progress, device)
+                    raise
             if complete or limit:
                 append_losses(folder, progress, rate, measured)
             if complete:
                 progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={})
-            if args.save_model and (due or limit or stop.caught):
+            caught = stop.caught
+            if args.save_model and (due or limit or caught):
                 save_checkpoint(checkpoint, args, nets, progress, device)
-            if stop.caught:
+            if caught:
                 break
     say_how_it_ended(args, progress)
-    return stop.caught
+    return caught
 
 
 def set_learning_rate(nets, rate):
@@ -590,7 +606,9 @@ def open_run(args, folder, checkpoint, progress, device):
     old = [*folder.glob("val/*.png"), *folder.glob("losses.*"), *folder.glob("args.json")]
     old += [checkpoint] if checkpoint.exists() else []
     if old and not (args.resume or args.overwrite):
-        options = "--resume goes on with it, --run-name NAME starts another, --overwrite deletes it"
+        options = "--run-name NAME starts another, --overwrite deletes it"
+        if checkpoint.exists():
+            options = f"--resume goes on with it, {options}"
         raise RunError(f"there is a run of this name already ({old[0]}): {options}")
     for file in old if args.overwrite else []:
         file.unlink()
@@ -615,12 +633,14 @@ def git_commit():
 def announce(args, nets, train_set, test_set, folder, device):
     """Says what will run, in numbers."""
     steps = math.ceil(len(train_set) / args.batch_size)
+    size = f"cropped from {args.load_size} to" if args.jitter else "resized to"
+    kept = "" if args.save_model else "; without --save-model only grids and losses are kept"
     sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
     print(
-        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, at "
+        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, {size} "
         f"{args.image_size} px; {args.epochs} epochs of {steps} steps on {device} in "
         f"{args.precision}; {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
-        f"parameters; grids go to {folder}",
+        f"parameters; grids go to {folder}{kept}",
         flush=True,
     )
 
@@ -656,7 +676,10 @@ def read_rows(folder):
     if not (folder / "losses.csv").exists():
         return []
     with open(folder / "losses.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if not all((row.get("epoch") or "").isdigit() for row in rows):
+        raise RunError(f"{folder / 'losses.csv'} has a row without an epoch; mend or remove it")
+    return rows
 
 
 def write_rows(folder, rows):
@@ -678,7 +701,8 @@ def append_losses(folder, progress, rate, measured):
     write_rows(folder, rows)
     plot_losses(rows, folder / "losses.png")
     if measured:
-        print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()), flush=True)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        print(f"epoch {progress['epoch']}: {values}", flush=True)
 
 
 def plot_losses(rows, path):
@@ -686,7 +710,10 @@ def plot_losses(rows, path):
     names = list(dict.fromkeys(name for row in rows for name in row))[4:]
     lines = math.ceil(len(names) / 4)
     figure = Figure(figsize=(14, 3 * lines), layout="constrained")
-    for axes, name in zip(figure.subplots(lines, 4, squeeze=False).flat, names, strict=False):
+    places = list(figure.subplots(lines, 4, squeeze=False).flat)
+    for unused in places[len(names) :]:
+        unused.remove()
+    for axes, name in zip(places, names, strict=False):
         points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         axes.plot(*zip(*points, strict=True), ".-", markersize=3)
         axes.set_title(name)
@@ -772,6 +799,8 @@ def main(argv=None):
         message = str(error).strip().splitlines()[-1].split("RunError: ")[-1]
         print(f"train.py: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first epoch
+        return 130
     return 128 + caught if caught else 0
 
 

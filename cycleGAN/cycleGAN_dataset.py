@@ -156,7 +156,7 @@ class UnpairedDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng([self.seed, epoch, index + 1])
+        rng = np.random.default_rng([self.seed, epoch, index + 1])  # + 1: 0 would be the order's
         if len(self.files_x) >= len(self.files_y):
             files = self.files_x[index], self.files_y[rng.integers(len(self.files_y))]
         else:

@@ -146,7 +146,7 @@ class PairDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng([self.seed, epoch, index + 1])
+        rng = np.random.default_rng([self.seed, epoch, index + 1])  # + 1: 0 would be the order's
         geometry = draw_geometry(rng, self.load_size, self.image_size, self.flip)
         x, y = self.halves(index)
         sizes = self.load_size, self.image_size

@@ -67,7 +67,7 @@ def add_common_flags(parser, epochs):
     training("--lr", type=positive, default=2e-4, help="Adam's learning rate at first [2e-4]")
     training("--ngf", type=count, default=64, help="filters of the generator's first layer [64]")
     training("--ndf", type=count, default=64, help="filters of the discriminator's first [64]")
-    training("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every draw [0]")
+    training("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every random draw [0]")
     training("--max-steps", type=count, help="stop once this many steps are done in all [off]")
 
     run = parser.add_argument_group("run").add_argument
@@ -77,7 +77,8 @@ def add_common_flags(parser, epochs):
     run("--resume", action="store_true", help="go on from the checkpoint, with its flags [off]")
     run("--overwrite", action="store_true", help="delete the run of this name, start anew [off]")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    run("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of layers [fp32]")
+    kinds = ["fp32", "tf32", "bf16"]
+    run("--precision", choices=kinds, default="fp32", help="of the networks' arithmetic [fp32]")
     run("--compile", action="store_true", help="torch.compile: slow start, fast steps [off]")
 
 
@@ -86,6 +87,7 @@ def check_common_flags(parser, args, argv):
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     typed = vars(parser.parse_args(argv, unset))
     args.given = sorted(name for name, value in typed.items() if value is not None)
+    args.data_root = str(Path(args.data_root).expanduser().resolve())
     args.run_name = args.run_name or Path(args.data_folder).name
     plain = Path(args.run_name).name == args.run_name
     if not plain or args.run_name[:1] in ("", "."):
@@ -219,7 +221,7 @@ def translate(G, x):
 def sample(nets, test_set, folder, progress, device):
     """Writes the grids of the first eight test pictures. Returns the mean |G(x) - y| of all."""
     grids, l1 = {"x": [], "y": [], "y_G": []}, 0.0
-    for index in range(len(test_set)):
+    for index in tqdm(range(len(test_set)), desc="test", unit="img", leave=False):
         x, y = (half[None].to(device) for half in test_set[0, index])
         fake_y = translate(nets["G"], x)
         l1 += l1_loss(fake_y, y).item() / len(test_set)
@@ -236,16 +238,15 @@ def sample(nets, test_set, folder, progress, device):
 
 def pick_device(args):
     """The torch device of --device, set up for --precision. RunError where it cannot be used."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    found = "mps" if torch.backends.mps.is_available() else found
+    usable = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    usable.append("cpu")
     try:
-        device = torch.device(found if args.device == "auto" else args.device)
+        device = torch.device(usable[0] if args.device == "auto" else args.device)
+        if device.type not in usable:
+            raise RuntimeError(f"not to be had here, only {' and '.join(usable)}")
         torch.zeros(1, device=device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("training is for cpu, cuda or mps")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"--device {args.device}: {reason}; this machine has {found}") from None
+    except RuntimeError as error:
+        raise RunError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.precision == "tf32" and device.type != "cuda":
         raise RunError(f"--precision tf32 is for CUDA devices, this is {device}: fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
@@ -275,16 +276,20 @@ def adam(args, *nets):
 def random_states(device):
     """The states of torch's generators, by device type."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
 def set_random_states(states, device):
     """Puts back what random_states gave."""
     torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and device.type in states:
-        getattr(torch, device.type).set_rng_state(states[device.type])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 class StopSignal:
@@ -303,6 +308,7 @@ class StopSignal:
         if self.caught:
             raise SystemExit(128 + signum)
         self.caught = signum
+        print("\nstopping soon; a second time stops at once", file=sys.stderr)
 
 
 def ignore_signals(_worker):
@@ -357,8 +363,8 @@ class LossLog:
                 if not math.isfinite(value):
                     where = f"step {step}, epoch {self.progress['epoch']}"
                     advice = "try a lower --lr or --precision fp32, and look for odd pictures"
-                    raise RunError(f"{name} is {value} at {where}; the last checkpoint is from "
-                                   f"before; {advice}")  # fmt: skip
+                    kept = "a checkpoint from before is kept"
+                    raise RunError(f"{name} is {value} at {where}; {kept}; {advice}")
             for name, value in named:
                 self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
                 self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
@@ -403,7 +409,7 @@ def train(args):
     open_run(args, folder, checkpoint, progress, device)
     announce(args, nets, train_set, test_set, folder, device)
     loader = build_loader(args, train_set, device)
-    max_steps = args.max_steps or math.inf
+    max_steps, caught = args.max_steps or math.inf, None
     with StopSignal() as stop:
         while progress["epoch"] <= args.epochs and progress["step"] < max_steps:
             epoch = progress["epoch"]
@@ -415,17 +421,23 @@ def train(args):
             due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
             measured = {}
             if due or limit:
-                measured = sample(nets, test_set, folder / "val", progress, device)
+                try:
+                    measured = sample(nets, test_set, folder / "val", progress, device)
+                except RunError:  # a test picture cannot be read; the epoch must not be lost
+                    if args.save_model:
+                        save_checkpoint(checkpoint, args, nets, progress, device)
+                    raise
             if complete or limit:
                 append_losses(folder, progress, rate, measured)
             if complete:
                 progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={})
-            if args.save_model and (due or limit or stop.caught):
+            caught = stop.caught
+            if args.save_model and (due or limit or caught):
                 save_checkpoint(checkpoint, args, nets, progress, device)
-            if stop.caught:
+            if caught:
                 break
     say_how_it_ended(args, progress)
-    return stop.caught
+    return caught
 
 
 def set_learning_rate(nets, rate):
@@ -449,7 +461,9 @@ def open_run(args, folder, checkpoint, progress, device):
     old = [*folder.glob("val/*.png"), *folder.glob("losses.*"), *folder.glob("args.json")]
     old += [checkpoint] if checkpoint.exists() else []
     if old and not (args.resume or args.overwrite):
-        options = "--resume goes on with it, --run-name NAME starts another, --overwrite deletes it"
+        options = "--run-name NAME starts another, --overwrite deletes it"
+        if checkpoint.exists():
+            options = f"--resume goes on with it, {options}"
         raise RunError(f"there is a run of this name already ({old[0]}): {options}")
     for file in old if args.overwrite else []:
         file.unlink()
@@ -474,12 +488,14 @@ def git_commit():
 def announce(args, nets, train_set, test_set, folder, device):
     """Says what will run, in numbers."""
     steps = math.ceil(len(train_set) / args.batch_size)
+    size = f"cropped from {args.load_size} to" if args.jitter else "resized to"
+    kept = "" if args.save_model else "; without --save-model only grids and losses are kept"
     sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
     print(
-        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, at "
+        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, {size} "
         f"{args.image_size} px; {args.epochs} epochs of {steps} steps on {device} in "
         f"{args.precision}; {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
-        f"parameters; grids go to {folder}",
+        f"parameters; grids go to {folder}{kept}",
         flush=True,
     )
 
@@ -515,7 +531,10 @@ def read_rows(folder):
     if not (folder / "losses.csv").exists():
         return []
     with open(folder / "losses.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if not all((row.get("epoch") or "").isdigit() for row in rows):
+        raise RunError(f"{folder / 'losses.csv'} has a row without an epoch; mend or remove it")
+    return rows
 
 
 def write_rows(folder, rows):
@@ -537,7 +556,8 @@ def append_losses(folder, progress, rate, measured):
     write_rows(folder, rows)
     plot_losses(rows, folder / "losses.png")
     if measured:
-        print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()), flush=True)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        print(f"epoch {progress['epoch']}: {values}", flush=True)
 
 
 def plot_losses(rows, path):
@@ -545,7 +565,10 @@ def plot_losses(rows, path):
     names = list(dict.fromkeys(name for row in rows for name in row))[4:]
     lines = math.ceil(len(names) / 4)
     figure = Figure(figsize=(14, 3 * lines), layout="constrained")
-    for axes, name in zip(figure.subplots(lines, 4, squeeze=False).flat, names, strict=False):
+    places = list(figure.subplots(lines, 4, squeeze=False).flat)
+    for unused in places[len(names) :]:
+        unused.remove()
+    for axes, name in zip(places, names, strict=False):
         points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         axes.plot(*zip(*points, strict=True), ".-", markersize=3)
         axes.set_title(name)
@@ -631,6 +654,8 @@ def main(argv=None):
         message = str(error).strip().splitlines()[-1].split("RunError: ")[-1]
         print(f"train.py: error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first epoch
+        return 130
     return 128 + caught if caught else 0
 
 
