@@ -375,7 +375,7 @@ def warn_of_inversion(measured, progress):
     if inverted and not progress.get("warned"):
         progress["warned"] = True
         what = f"{inverted[0]} is {measured[inverted[0]]:.2f}: light and dark change places"
-        print(f"warning: {what}; with labels that may be right, else a higher --NCE-ratio counters it")
+        print(f"warning: {what}; with labels that may be right, else try more --NCE-ratio")
 
 
 # ------------------------------------------------- from here on the same in pix2pix, cycleGAN, CUT

@@ -325,7 +325,7 @@ def numpy_ence(q, k, tau):
     return (np.log(A) + np.log(B)) / 2
 
 
-def numpy_hdce(q, k, tau, gamma=10.0):
+def numpy_hdce(q, k, tau, gamma=1.0):
     loss = np.zeros(len(q))
     for i in range(len(q)):
         others = [j for j in range(len(q)) if j != i]

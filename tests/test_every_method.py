@@ -142,17 +142,25 @@ def same_weights(one, other):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def as_shown(text):
+    """The lines of text as a terminal shows them, where a carriage return writes over a line."""
+    lines = []
+    for line in text.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
 def error_line(capsys):
     """The one error line of a run that has just failed. Fails where there is more or less."""
     shown = capsys.readouterr()
     assert "Traceback" not in shown.err + shown.out
-    lines = shown.err.split("\n")  # a progress bar before it ends with a line feed
-    assert lines.pop() == ""
-    line = lines.pop()
-    assert line.startswith("train.py: error: "), repr(line)
-    assert all("error" not in other for other in lines)
-    assert "\r" not in line
-    assert all(other.startswith("\r") for other in lines if other)  # a progress bar, no text
+    *bars, line, end = as_shown(shown.err)
+    assert end == ""  # the line is ended
+    assert line.startswith("train.py: error: "), repr(line)  # not glued to a progress bar
+    assert all("img/s" in bar for bar in bars if bar), bars
     return line.removeprefix("train.py: error: ")
 
 
@@ -447,6 +455,42 @@ def test_a_damaged_checkpoint(stopped, capsys, damage):
     assert stopped("--resume") == 2
     error = error_line(capsys)
     assert str(stopped.checkpoint) in error and "damaged" in error and "--overwrite" in error
+
+
+class Trap:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_runs_no_code(stopped, tmp_path, capsys):
+    torch.save({**stopped.state(), "trap": Trap(tmp_path / "trapped")}, stopped.checkpoint)
+    capsys.readouterr()
+    assert stopped("--resume") == 2
+    assert str(stopped.checkpoint) in error_line(capsys)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("part", ["G", "optimizer_G"])
+def test_a_checkpoint_of_other_networks(stopped, capsys, part):
+    """As from another version of the code: a part is missing, or it has other weights."""
+    whole = stopped.state()
+    missing = {name: value for name, value in whole.items() if name != part}
+    if part == "G":
+        other = {name: weight[:1] for name, weight in whole["G"].items()}
+    else:
+        group = {**whole[part]["param_groups"][0], "params": [0]}
+        other = {**whole[part], "param_groups": [group]}
+    for state in (missing, {**whole, part: other}):
+        torch.save(state, stopped.checkpoint)
+        capsys.readouterr()
+        assert stopped("--resume") == 2
+        error = error_line(capsys)
+        assert str(stopped.checkpoint) in error and "--overwrite" in error
 
 
 def test_a_checkpoint_of_another_method(stopped, capsys):
@@ -857,7 +901,7 @@ def test_a_cut_off_picture_found_while_training(run, capsys, workers):
     bad.write_bytes(bad.read_bytes()[:-100])
     assert run("--epochs", "1", "--num-workers", workers) == 2
     error = error_line(capsys)
-    assert str(bad) in error and "cannot read the image" in error
+    assert str(bad) in error and error.startswith("cannot read the image")
 
 
 def test_the_script_ends_where_a_loading_process_meets_a_cut_off_picture(run):
