@@ -7,7 +7,6 @@ visualize/cycleGAN/<run-name>/.
 """
 
 import argparse
-import atexit
 import contextlib
 import csv
 import json
@@ -407,7 +406,6 @@ def end_loading():
 
 def build_loader(args, train_set, device):
     """Batches of train_set, in an order and with draws that the number of workers leaves alone."""
-    atexit.register(end_loading)
     return torch.utils.data.DataLoader(
         train_set,
         batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed),
@@ -539,7 +537,7 @@ def run_paths(args):
 
 def open_run(args, folder, checkpoint, progress, device):
     """Makes the run's folders and args.json. RunError where another run's files would be lost."""
-    old = [*folder.glob("val/*.png"), *folder.glob("losses.*"), *folder.glob("args.json")]
+    old = [*folder.glob("val/[xy]*[0-9].png"), *folder.glob("losses.*"), *folder.glob("args.json")]
     old += [checkpoint] if checkpoint.exists() else []
     if old and not (args.resume or args.overwrite):
         options = "--run-name NAME starts another, --overwrite deletes it"
@@ -628,15 +626,15 @@ def write_rows(folder, rows):
 
 
 def append_losses(folder, progress, rate, measured):
-    """Adds an epoch's row to losses.csv, means over its steps and what was measured after it."""
+    """Adds an epoch's row, means over its steps and what was measured then, to losses.csv."""
     seconds = max(progress["seconds"], 1e-9)
     row = {"epoch": progress["epoch"], "seconds": f"{seconds:.2f}"}
     row.update(images_per_second=f"{progress['images'] / seconds:.2f}", learning_rate=rate)
     row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
     rows = [*read_rows(folder), {**row, **measured}]
     write_rows(folder, rows)
-    plot_losses(rows, folder / "losses.png")
     if measured:
+        plot_losses(rows, folder / "losses.png")
         values = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
         print(f"epoch {progress['epoch']}: {values}", flush=True)
 
@@ -737,6 +735,8 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:  # before the first epoch
         return 130
+    finally:
+        end_loading()
     return 128 + caught if caught else 0
 
 
