@@ -928,6 +928,18 @@ def test_a_cut_off_picture_found_while_sampling(run, capsys):
     assert str(bad) in error_line(capsys)
 
 
+def test_an_epoch_whose_sampling_failed_is_not_lost(run, straight):
+    bad = run.test_files()[1]
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-100])
+    assert run(*FOUR_EPOCHS) == 2
+    assert run.state()["progress"]["step"] == 2
+    bad.write_bytes(whole)
+    assert run("--resume") == 0
+    assert same_weights(run.state(), straight["checkpoint"])
+    assert [row["epoch"] for row in run.rows()] == ["1", "2", "3", "4"]
+
+
 # ------------------------------------------------------------------------- --precision, --compile
 
 
