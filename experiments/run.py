@@ -167,9 +167,14 @@ def command(experiment, seed):
     return ["python", script, *shlex.split(experiment.flags), *named]
 
 
-def epochs_done(experiment, seed):
+def run_folder(root, experiment, seed):
+    """Where the checkout `root` has a run's losses.csv and args.json."""
+    return root / "visualize" / experiment.method / full_name(experiment, seed)
+
+
+def epochs_done(root, experiment, seed):
     """How many epochs of a run are in its losses.csv."""
-    path = ROOT / "visualize" / experiment.method / full_name(experiment, seed) / "losses.csv"
+    path = run_folder(root, experiment, seed) / "losses.csv"
     if not path.exists():
         return 0
     with open(path, newline="") as file:
@@ -195,7 +200,7 @@ class Runner:
 
     def run(self, experiment, seed):
         """Trains, or goes on with, one run. Returns whether it is complete."""
-        if epochs_done(experiment, seed) >= epochs_wanted(experiment):
+        if epochs_done(ROOT, experiment, seed) >= epochs_wanted(experiment):
             return True
         if self.stopping.is_set():
             return False
@@ -203,11 +208,11 @@ class Runner:
         words = [sys.executable, *command(experiment, seed)[1:]]
         if (ROOT / experiment.method / "model" / name / "checkpoint.pt").exists():
             words = [*words[:2], "--run-name", name, "--resume"]
-        elif (ROOT / "visualize" / experiment.method / name).exists():
+        elif run_folder(ROOT, experiment, seed).exists():
             words.append("--overwrite")  # it was ended before its first checkpoint
         words += ["--data-root", str(self.args.data_root), "--num-workers", "0"]
         cores = max(1, (os.cpu_count() or 1) // self.args.jobs)
-        log = ROOT / "visualize" / experiment.method / name / "log.txt"
+        log = run_folder(ROOT, experiment, seed) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
         with open(log, "a") as file:
