@@ -217,7 +217,7 @@ def judge(experiment, seed, direction, args):
     check_flags(experiment, flags)
     row = dict.fromkeys(COLUMNS, "")
     row.update(zip(KEY, key_of(experiment, seed, direction), strict=True))
-    row.update(epochs=flags["epochs"], commit=flags["commit"], torch=flags["torch"])
+    row.update(epochs=flags["epochs"], commit=commit_of(flags), torch=flags["torch"])
     values = logged(folder, direction)
     try:
         values = {**evaluated(experiment, seed, direction, flags, args), **values}
@@ -249,8 +249,14 @@ def is_complete(experiment, seed, args):
 
 def is_measured(row, experiment, seed, args):
     """Whether a row of results.csv says all, and of this run, not of one trained before it."""
-    facts = json.loads((run_folder(args.root, experiment, seed) / "args.json").read_text())
-    return bool(row) and not row["note"] and row["commit"] == facts["commit"] and not args.anew
+    flags = json.loads((run_folder(args.root, experiment, seed) / "args.json").read_text())
+    return bool(row) and not row["note"] and row["commit"] == commit_of(flags) and not args.anew
+
+
+def commit_of(flags):
+    """The commit that args.json names, shortened."""
+    commit = flags["commit"] or "outside git"
+    return commit[:12] + "-dirty" * commit.endswith("-dirty")
 
 
 def key_of(experiment, seed, direction):
@@ -381,7 +387,7 @@ def table(question, rows):
     experiments = [e for e in EXPERIMENTS if question in e.questions]
     keys = [key_of(e, s, d) for e in experiments for s in e.seeds for d in directions(e.method)]
     found = [rows[key] for key in keys if key in rows]
-    commits = sorted({f"{row['commit'][:12]} with torch {row['torch']}" for row in found})
+    commits = sorted({f"{row['commit']} with torch {row['torch']}" for row in found})
     made = ", ".join(commits) or "nothing is trained yet"
     lines = [f"`python experiments/run.py --questions {question}`, with `--dry-run` for the single"]
     lines[0] += f" commands, then `python experiments/judge.py`. Commit of the runs: {made}."
