@@ -340,6 +340,20 @@ def test_tables_of_planted_numbers(bench, tmp_path, capsys):
     assert "Commit of the runs: abc with torch 2.0." in readme
 
 
+def test_both_directions_of_cyclegan_have_a_row():
+    experiment = run.Experiment((2,), "cycleGAN", "a", "--epochs 2", (0,))
+    rows = {
+        judge.key_of(experiment, 0, way): {**dict.fromkeys(judge.METRICS, ""), "luminance": value}
+        for way, value in (("x2y", "0.5"), ("y2x", "-0.25"))
+    }
+    lines = "\n".join(judge.settings_table([experiment], rows, judge.METRICS))
+    assert rows_of(lines, "run") == [["run", "its own flags", "seeds", "luminance"]]
+    assert rows_of(lines, "cycleGAN") == [
+        ["cycleGAN a, x2y", "", "0", "0.50"],
+        ["cycleGAN a, y2x", "", "0", "-0.25"],
+    ]
+
+
 def test_what_is_judged_is_not_judged_again(bench, tmp_path):
     start, planted, table = bench
     planted["missing"] = True

@@ -358,10 +358,8 @@ def test_narrow_and_dark(page):
     width = "return document.documentElement.scrollWidth"
     assert browser.execute_script(width) <= 400
     assert len(shown(browser, 0)) == 4  # a row of eight as two rows of four
-    shape = (
-        "const r = document.querySelector('img').getBoundingClientRect(); return r.width / r.height"
-    )
-    assert browser.execute_script(shape) == pytest.approx(146 / 2 / 20, rel=0.02)
+    size = browser.find_element("tag name", "img").size
+    assert size["width"] / size["height"] == pytest.approx(146 / 2 / 20, rel=0.02)
     dark = {"name": "prefers-color-scheme", "value": "dark"}
     paper = "return getComputedStyle(document.body).backgroundColor"
     assert browser.execute_script(paper) == "rgb(255, 255, 255)"
