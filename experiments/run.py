@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # What two CPU cores can do: small pictures, a quarter of the filters, few epochs.
 SMALL = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --precision bf16 --sample-every 1"
 MIDDLE = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --precision bf16"
-FACADES = f"--data-folder facades_unpaired {SMALL} --n-layers 6 --epochs 10"
-MONET = f"--data-folder monet2photo {SMALL} --n-layers 6 --epochs 3"
+FACADES = f"--data-folder facades_unpaired {SMALL} --n-layers 6 --epochs 6"
+MONET = f"--data-folder monet2photo {SMALL} --n-layers 6 --epochs 2"
 PHOTO_TO_MONET = f"{MONET} --swap-xy"
 TOY = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --batch-size 4 --sample-every 3"
 TOY_UNPAIRED = f"--data-folder toy_unpaired {TOY} --epochs 5"
