@@ -118,6 +118,9 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (run / "val" / "y_G11.png").write_bytes(whole[:-20])
     (run / "val" / "y_G12.png").write_bytes(whole[:60] + b"?" + whole[61:])
     (run / "val" / "y12.png").write_text("hello")
+    (run / "val" / "x12.png").write_bytes(whole[:8] + whole[-12:])  # its end alone
+    (run / "val" / "x_G12.png").unlink()
+    (run / "val" / "x_G12.png").mkdir()
     (run / "val" / "x_old.png").write_text("not a grid")
     (run / "losses.csv").write_text("epoch,G_total,D\n1,nan,1\n2,3,-inf\n3,,x\n4,5,1\n")
     (run / "args.json").write_text("{")
@@ -128,8 +131,10 @@ def test_missing_and_broken_files_are_named(tmp_path):
     assert runs["cycleGAN/holes"]["notes"] == [
         "y_G11.png is cut off",
         "x_G11.png is missing",
+        "x12.png is damaged",
         "y_G12.png is damaged",
         "y12.png is no PNG",
+        "x_G12.png cannot be read",
         "losses.csv: G_total is not finite at epoch 1",
         "losses.csv: D is not finite at epoch 2, 3",
         "args.json cannot be read",

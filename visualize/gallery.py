@@ -83,6 +83,8 @@ def png_size(data):
         if struct.pack(">I", zlib.crc32(data[start + 4 : end - 4])) != data[end - 4 : end]:
             raise ValueError("is damaged")
         start = end
+    if data[12:16] != b"IHDR":
+        raise ValueError("is damaged")
     return struct.unpack(">II", data[16:24])
 
 
@@ -112,7 +114,8 @@ def read_grid(found, epoch, kind, pictures, notes):
         data = found[epoch, kind].read_bytes()
         width, height = png_size(data)
     except (KeyError, OSError, ValueError) as error:
-        wrong = str(error) if isinstance(error, ValueError) else "is missing"
+        wrong = "is missing" if isinstance(error, KeyError) else "cannot be read"
+        wrong = str(error) if isinstance(error, ValueError) else wrong
         notes.append(f"{grid['file']} {wrong}")
         return {**grid, "file": f"{grid['file']} {wrong}"}
     count, rest = divmod(width - 2, height - 2) if height > 2 else (0, 1)  # 2 px between pictures
@@ -280,7 +283,7 @@ img[hidden], img.second { display: none; }
   img.second.halves:not([hidden]) { display: block; object-position: right; }
 }
 .curves { display: grid; gap: .75rem 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); }
 .curves figure { margin: 0; font-size: .85rem; min-width: 0; }
 svg { display: block; width: 100%; height: 4.5rem; background: var(--field); }
 path { fill: none; stroke: var(--blue); stroke-width: 2; stroke-linejoin: round;
@@ -310,7 +313,7 @@ summary { cursor: pointer; padding: .5rem 0; }
   <p class="facts"></p>
   <ul class="notes" aria-label="missing or broken"></ul>
   <h2>Test pictures</h2><div class="grids"></div>
-  <h2>Losses, <span class="epochs"></span></h2><div class="curves"></div>
+  <h2>Losses<span class="epochs"></span></h2><div class="curves"></div>
   <h2>Flags</h2><div class="flags"></div>
 </section></template>
 <template id="curve"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img">
@@ -407,11 +410,12 @@ class Column {
     box.replaceChildren();
     const {losses, epochs, method} = this.run;
     const theirs = this.other.run.method === method ? this.other.run.losses : {};
-    if (!Object.keys(losses).length) add(box, "p", "none");
+    const some = Object.keys(losses).length;
+    if (!some) add(box, "p", "none");
     const ends = [...epochs, ...Object.values(losses).flat().map(point => point[0])];
     const first = Math.min(...ends), last = Math.max(...ends);
     const heading = this.root.querySelector(".epochs");
-    heading.textContent = first <= last ? `epochs ${first} to ${last}` : "none";
+    heading.textContent = some ? `, epochs ${first} to ${last}` : "";
     const x = epoch => first === last ? 50 : 2 + 96 * (epoch - first) / (last - first);
     this.curves = Object.entries(losses).map(([name, points]) => {
       const values = [...finite(points), ...finite(theirs[name] || [])];
