@@ -101,18 +101,18 @@ def authors_generator(state, path):
     """A ResNet with the weights of the authors' CycleGAN or CUT code, and the 4 that it needs.
 
     Blocks, width and anti-aliasing are read off the shapes. As in that code's tests, instance norm
-    takes the picture's statistics; those that old files hold are left out.
+    takes the picture's statistics; those that old files hold are left out. Nothing is dropped out.
     """
     convolutions, norms = authors_layers(state)
-    n_layers, ngf = (len(convolutions) - 6) // 2, first_width(convolutions)
+    first = convolutions[0]["weight"].shape if convolutions else ()
+    n_layers = (len(convolutions) - 6) // 2  # two convolutions each
     normed = not norms and all("bias" in layer for layer in convolutions)  # by instance norm
     blurs = {tuple(tensor.shape[2:]) for key, tensor in state.items() if key.endswith(".filt")}
-    is_resnet = n_layers > 0 and convolutions[0]["weight"].shape == (ngf, 3, 7, 7)
-    if not (is_resnet and normed and blurs <= {(3, 3), (4, 4)}):
+    if n_layers < 1 or first[1:] != (3, 7, 7) or not normed or blurs - {(3, 3), (4, 4)}:
         raise unfit(path, "a ResNet with instance norm for RGB pictures", state)
     # The authors' code has one switch for the way down (3x3 blurs) and one for up (4x4).
-    G = ResnetGenerator(n_layers, ngf, antialias=(4, 4) in blurs)
-    G.layers["d128"], G.layers["d256"] = (down(k * ngf, (3, 3) in blurs) for k in (1, 2))
+    G = ResnetGenerator(n_layers, first[0], antialias=(4, 4) in blurs)
+    G.layers["d128"], G.layers["d256"] = (down(k * first[0], (3, 3) in blurs) for k in (1, 2))
     fill([m for m in G.modules() if isinstance(m, CONVOLUTIONS)], convolutions, state, path)
     return G, 4
 
@@ -171,11 +171,6 @@ def authors_layers(state):
         layers.setdefault(place, {})[kind] = tensor
     layers = [layers[place] for place in sorted(layers) if "weight" in layers[place]]
     return ([layer for layer in layers if layer["weight"].dim() == dim] for dim in (4, 1))
-
-
-def first_width(convolutions):
-    """ngf, the number of filters of the first convolution; 0 where there is none."""
-    return len(convolutions[0]["weight"]) if convolutions else 0
 
 
 def fill(modules, layers, state, path):
@@ -248,8 +243,8 @@ def resize_short_side(image, size):
 
 def is_gray(image):
     """Whether red, green and blue of an RGB picture (PIL) are equal everywhere."""
-    red, green, blue = np.moveaxis(np.asarray(image), 2, 0)
-    return bool((red == green).all() and (green == blue).all())
+    levels = np.asarray(image)
+    return bool((levels == levels[:, :, :1]).all())
 
 
 def translate_all(G, multiple, jobs, args, device):
@@ -323,8 +318,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         device = pick_device(args)
-        torch.backends.cudnn.benchmark = False  # else what is chosen for a picture depends on ...
-        torch.backends.cudnn.deterministic = True  # ... the others, and on the machine's load
+        # Else the arithmetic, and so a result's last bits, depend on what the GPU does besides.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         jobs = plan(args) if args.input else []
         G, multiple = read_generator(args)
         if args.onnx and args.onnx.exists() and not args.overwrite:

@@ -102,13 +102,13 @@ def authors_generator(state, path):
     picture's statistics, not the file's, and dropout is on: no file says whether training had it.
     """
     convolutions, norms = authors_layers(state)
-    depth, ngf = len(convolutions) // 2, first_width(convolutions)
+    depth, first = len(convolutions) // 2, convolutions[0]["weight"].shape if convolutions else ()
     biased = [k for k, layer in enumerate(convolutions) if "bias" in layer]
     normed = norms or len(biased) == len(convolutions)  # instance norm: biases, but no weights
-    if depth < 5 or convolutions[0]["weight"].shape != (ngf, 3, 4, 4) or not normed:
+    if depth < 5 or first[1:] != (3, 4, 4) or not normed:
         raise unfit(path, "a U-Net for RGB pictures that halves them 5 times or more", state)
     # Paper: dropout on the decoder's layers 1 to 3. Authors' PyTorch code: on 2 to 4 of 8.
-    G = UNetGenerator(2**depth, ngf, dropout=range(2, depth - 3))
+    G = UNetGenerator(2**depth, first[0], dropout=range(2, depth - 3))
     places = [m for m in G.modules() if isinstance(m, CONVOLUTIONS)]
     for k in {0, depth - 1} & {*biased}:  # no norm follows these two, so the bias counts
         places[k].bias = nn.Parameter(torch.zeros(len(places[k].weight)))
@@ -171,11 +171,6 @@ def authors_layers(state):
         layers.setdefault(place, {})[kind] = tensor
     layers = [layers[place] for place in sorted(layers) if "weight" in layers[place]]
     return ([layer for layer in layers if layer["weight"].dim() == dim] for dim in (4, 1))
-
-
-def first_width(convolutions):
-    """ngf, the number of filters of the first convolution; 0 where there is none."""
-    return len(convolutions[0]["weight"]) if convolutions else 0
 
 
 def fill(modules, layers, state, path):
@@ -248,8 +243,8 @@ def resize_short_side(image, size):
 
 def is_gray(image):
     """Whether red, green and blue of an RGB picture (PIL) are equal everywhere."""
-    red, green, blue = np.moveaxis(np.asarray(image), 2, 0)
-    return bool((red == green).all() and (green == blue).all())
+    levels = np.asarray(image)
+    return bool((levels == levels[:, :, :1]).all())
 
 
 def translate_all(G, multiple, jobs, args, device):
@@ -323,8 +318,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         device = pick_device(args)
-        torch.backends.cudnn.benchmark = False  # else what is chosen for a picture depends on ...
-        torch.backends.cudnn.deterministic = True  # ... the others, and on the machine's load
+        # Else the arithmetic, and so a result's last bits, depend on what the GPU does besides.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         jobs = plan(args) if args.input else []
         G, multiple = read_generator(args)
         if args.onnx and args.onnx.exists() and not args.overwrite:
