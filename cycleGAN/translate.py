@@ -185,14 +185,14 @@ def fill(modules, layers, state, path):
             module.load_state_dict({name: layer[name] for name in module.state_dict()})
     except (KeyError, RuntimeError, ValueError):
         shape = tuple(module.weight.shape)
-        raise unfit(path, f"{len(modules)} of a kind, {shape} among them", state) from None
+        raise unfit(path, f"{len(modules)} such layers, one of shape {shape}", state) from None
 
 
 def unfit(path, wanted, state):
     """The RunError for weights of another network."""
     convolutions, norms = authors_layers(state)
-    first = [tuple(layer["weight"].shape) for layer in convolutions[:1]]
-    found = f"{len(convolutions)} convolutions {first} and {len(norms)} norms with weights"
+    first = tuple(convolutions[0]["weight"].shape) if convolutions else "none"
+    found = f"{len(convolutions)} convolutions (first: {first}), {len(norms)} norms with weights"
     others = "pix2pix/translate.py reads U-Nets, those of cycleGAN and CUT read ResNets"
     return RunError(f"{path} fits no generator here: wanted {wanted}; found {found}; {others}")
 

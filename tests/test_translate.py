@@ -269,6 +269,15 @@ def test_a_result_depends_on_its_picture_alone(module, checkpoint, tmp_path):
     assert many["0.png"] != many["2.png"]
 
 
+def test_bf16_is_nearly_the_same(module, checkpoint, tmp_path):
+    source = write_pictures(tmp_path / "in", [(64, 64)])
+    for precision in ("fp32", "bf16"):
+        flags = {"checkpoint": checkpoint, "input": source, "output": tmp_path / precision}
+        assert run(module, **flags, precision=precision) == 0
+    fp32, bf16 = (pixels(tmp_path / name / "0.png").astype(float) for name in ("fp32", "bf16"))
+    assert 0 < np.abs(fp32 - bf16).mean() < 8
+
+
 @only_pix2pix
 def test_dropout_is_on_unless_switched_off(tmp_path):
     module, checkpoint = load_translate("pix2pix"), write_checkpoint("pix2pix", tmp_path / "c.pt")
