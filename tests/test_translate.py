@@ -528,7 +528,8 @@ def test_bad_paths_and_checkpoints(method, module, checkpoint, tmp_path, capsys)
     cut_off, code = tmp_path / "cut_off.pt", tmp_path / "code.pt"
     cut_off.write_bytes(checkpoint.read_bytes()[:5000])
     code.write_bytes(pickle.dumps(print, protocol=2))
-    wholly, no_dict, strings = (tmp_path / f"{k}.pt" for k in range(3))
+    wholly, no_dict, strings, empty_run = (tmp_path / f"{k}.pt" for k in range(4))
+    torch.save({"method": method}, empty_run)
     torch.save({**torch.load(checkpoint), "G": {}}, wholly)
     torch.save(torch.zeros(3), no_dict)
     torch.save({"a.weight": "text"}, strings)
@@ -543,6 +544,7 @@ def test_bad_paths_and_checkpoints(method, module, checkpoint, tmp_path, capsys)
         ({"checkpoint": tmp_path}, [str(tmp_path), "--save-model"]),
         ({"checkpoint": cut_off}, [str(cut_off), "damaged"]),
         ({"checkpoint": code}, [str(code), "damaged"]),
+        ({"checkpoint": empty_run}, [str(empty_run), "damaged"]),
         ({"checkpoint": no_dict}, [str(no_dict), "no weights of a network"]),
         ({"checkpoint": strings}, [str(strings), "no weights of a network"]),
         ({"checkpoint": wholly}, [str(wholly), "does not fit"]),
@@ -721,9 +723,9 @@ class AuthorsResnet(nn.Module):
 
 
 def authors_state(net, prefix="", old=False):
-    """The net's state dict: keys in no useful order; old: with statistics of instance norms."""
+    """The net's state dict, last layer first; old: with statistics of instance norms."""
     spread(net)
-    state = {prefix + key: tensor for key, tensor in sorted(net.state_dict().items())}
+    state = {prefix + key: tensor for key, tensor in list(net.state_dict().items())[::-1]}
     if old:
         for name, layer in net.named_modules():
             if isinstance(layer, nn.InstanceNorm2d):
@@ -824,13 +826,19 @@ def test_files_of_other_networks(method, module, tmp_path, capsys):
     wide = {k: v.repeat(1, 1, 2, 2)[..., :5, :5] if "filt" in k else v for k, v in blurred.items()}
     linear, patch = nn.Linear(3, 3).state_dict(), nn.Conv2d(3, 64, 4).state_dict()
     bare = {k: v for k, v in resnet.items() if "bias" not in k or k == "model.20.bias"}
-    files = [gray, cut, half, other, batch, wide, linear, patch, bare, {}]
+    extra = nn.Conv2d(3, 3, 7).state_dict(prefix="model.model.99.")
+    more = {**good, **extra}
+    files = [gray, cut, half, other, batch, wide, linear, patch, bare, more, {}]
+    if method == "pix2pix":  # without the norm that comes last; without any
+        files.append({k: v for k, v in good.items() if not k.startswith("model.model.1.model.6.")})
+        files.append({k: v for k, v in good.items() if v.dim() == 4 or k == f"{last}.bias"})
     for k, state in enumerate(files):
         torch.save(state, tmp_path / "net_G.pth")
         assert run(module, checkpoint=tmp_path / "net_G.pth", onnx=tmp_path / "o.onnx") == 2, k
         error = error_line(capsys)
         assert str(tmp_path / "net_G.pth") in error and "fits no generator" in error
         assert "U-Net" in error and "ResNet" in error
+        assert state is not gray or "RGB pictures" in error
     assert not (tmp_path / "o.onnx").exists()
 
 
