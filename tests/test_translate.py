@@ -828,7 +828,8 @@ def test_files_of_other_networks(method, module, tmp_path, capsys):
     bare = {k: v for k, v in resnet.items() if "bias" not in k or k == "model.20.bias"}
     extra = nn.Conv2d(3, 3, 7).state_dict(prefix="model.model.99.")
     more = {**good, **extra}
-    files = [gray, cut, half, other, batch, wide, linear, patch, bare, more, {}]
+    affine = {**resnet, "model.2.weight": torch.ones(4)}
+    files = [gray, cut, half, other, batch, affine, wide, linear, patch, bare, more, {}]
     if method == "pix2pix":  # without the norm that comes last; without any
         files.append({k: v for k, v in good.items() if not k.startswith("model.model.1.model.6.")})
         files.append({k: v for k, v in good.items() if v.dim() == 4 or k == f"{last}.bias"})
