@@ -31,7 +31,7 @@ FACADES = f"--data-folder facades_unpaired {SMALL} --n-layers 6 --epochs 6"
 MONET = f"--data-folder monet2photo {SMALL} --n-layers 6 --epochs 2"
 PHOTO_TO_MONET = f"{MONET} --swap-xy"
 TOY = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --batch-size 4 --sample-every 3"
-TOY_UNPAIRED = f"--data-folder toy_unpaired {TOY} --epochs 5"
+TOY_UNPAIRED = f"--data-folder toy_unpaired {TOY} --epochs 3"
 
 
 class Experiment(NamedTuple):
@@ -108,7 +108,7 @@ EXPERIMENTS = [
 ]
 for precision in ("fp32", "bf16"):
     flags = f"--precision {precision}"
-    toy = f"--data-folder toy {TOY} --epochs 6 {flags}"
+    toy = f"--data-folder toy {TOY} --epochs 3 {flags}"
     EXPERIMENTS += [
         Experiment((13,), "pix2pix", f"toy-{precision}", toy, (0, 1, 2)),
         Experiment(
