@@ -250,9 +250,9 @@ def ence(q, k, tau):
     """
     s = q @ k.transpose(1, 2) / tau  # (N, S, S)
     positives = s.diagonal(dim1=1, dim2=2)  # (N, S)
-    negatives = s[:, ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)]  # (N, S (S - 1))
+    others = s.masked_fill(torch.eye(s.shape[1], dtype=torch.bool, device=s.device), -math.inf)
     log_A = (-positives / 2).logsumexp(1) - math.log(positives.shape[1])
-    log_B = (negatives / 2).logsumexp(1) - math.log(negatives.shape[1])
+    log_B = (others / 2).logsumexp((1, 2)) - math.log(s.shape[1] * (s.shape[1] - 1))
     return (log_A + log_B) / 2
 
 

@@ -282,12 +282,15 @@ def bf16_gain(device):
     if device.type == "mps":  # not measured
         return 1.0
     times = {torch.float32: [], torch.bfloat16: []}
-    for dtype in [*times] * 4:
-        x, weight = torch.ones(1, 256, 32, 32), torch.ones(256, 256, 3, 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other on a machine that is busy
+    for dtype in [*times] * 10:
+        x, weight = torch.ones(1, 128, 32, 32), torch.ones(128, 128, 3, 3)
         x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
         started = time.perf_counter()
         torch.nn.functional.conv2d(x, weight).sum().backward()
         times[dtype].append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
     return min(times[torch.float32]) / min(times[torch.bfloat16])
 
 
@@ -372,9 +375,9 @@ def collective(function, *args):
     """A call of torch.distributed. RunError where another process has ended meanwhile."""
     try:
         return function(*args)
-    except RuntimeError as error:
-        reason = f"process {ranks()[0]} has lost the others, one of which has ended"
-        raise RunError(f"{reason} ({str(error).splitlines()[0][:80]})") from None
+    except RuntimeError:
+        lost = f"process {ranks()[0]} has lost the others"
+        raise RunError(f"{lost}: one has ended, it says why itself") from None
 
 
 def gather(value):
@@ -777,7 +780,9 @@ def say_how_it_ended(args, progress):
     if progress["epoch"] > args.epochs:
         print(f"done: {args.epochs} epochs, {progress['step']} steps")
     elif args.save_model:
-        again = f"python {METHOD}/train.py --run-name {args.run_name} --resume"
+        number = ranks()[1]
+        start = f"torchrun --nproc-per-node {number}" if number > 1 else "python"
+        again = f"{start} {METHOD}/train.py --run-name {args.run_name} --resume"
         print(f"stopped after step {progress['step']}; to go on: {again}")
     else:
         print(f"stopped after step {progress['step']}; without --save-model nothing is kept")
