@@ -195,28 +195,35 @@ def endless_batches(config):
 
 
 def peak_memory(train, args, name):
-    """Bytes at the peak of two steps, without what Python and torch take before the first."""
-    if name == args.memory_of:  # in a process of its own
+    """Bytes at the peak of two steps, beyond what the process holds before the networks are built.
+
+    It takes a process of its own, since memory that was freed is not given back. 0 where that
+    cannot be told, that is, on CPUs other than under Linux.
+    """
+    if name == args.memory_of:
         x, y = torch.rand(2, args.batch_size, 3, args.image_size, args.image_size) * 2 - 1
-        before = peak_resident()
+        before = resident("VmRSS", anew=True)
         config = Configuration(train, args, name)
         for _ in range(2):
             config(x.to(config.device), y.to(config.device))
         if config.device.type == "cuda":
             return torch.cuda.max_memory_allocated(config.device)
-        return peak_resident() - before
+        return resident("VmHWM") - before
     sizes = ["--image-size", str(args.image_size), "--batch-size", str(args.batch_size)]
     flags = ["--method", args.method, *sizes, "--device", args.device, "--memory-of", name]
     command = [sys.executable, __file__, *flags, "--", *args.rest]
     return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
 
 
-def peak_resident():
-    """The most memory that this process has held so far, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def resident(field, anew=False):
+    """Bytes of memory, VmRSS now or VmHWM at the peak; anew: the peak starts here."""
+    folder = Path("/proc/self")
+    if not folder.exists():
+        return 0
+    if anew:
+        (folder / "clear_refs").write_text("5")
+    (line,) = (e for e in (folder / "status").read_text().splitlines() if e.startswith(field))
+    return 1024 * int(line.split()[1])
 
 
 def describe_machine(device):
