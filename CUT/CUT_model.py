@@ -37,6 +37,15 @@ class BlurUpsample(nn.Module):
         return conv_transpose2d(x, filter, stride=2, padding=3, groups=x.shape[1])
 
 
+class ReflectionPad(nn.ReflectionPad2d):
+    """Pads by mirroring, in the dtype at hand: autocast on CPUs would have it in fp32, and keep
+    that copy for the backward pass."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 def norm_relu(channels):
     """Instance norm, without scale and shift, and ReLU. It makes a bias before it pointless."""
     return [nn.InstanceNorm2d(channels), nn.ReLU()]
@@ -48,9 +57,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.layers = nn.Sequential(
-            *[nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            *[ReflectionPad(1), nn.Conv2d(channels, channels, 3, bias=False)],
             *norm_relu(channels),
-            *[nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            *[ReflectionPad(1), nn.Conv2d(channels, channels, 3, bias=False)],
             nn.InstanceNorm2d(channels),
         )
 
@@ -87,7 +96,7 @@ class ResnetGenerator(nn.Module):
 
     def __init__(self, n_layers=9, ngf=64, antialias=False):
         super().__init__()
-        first = [nn.ReflectionPad2d(3), nn.Conv2d(3, ngf, 7, bias=False), *norm_relu(ngf)]
+        first = [ReflectionPad(3), nn.Conv2d(3, ngf, 7, bias=False), *norm_relu(ngf)]
         layers = {"c7s1_64": nn.Sequential(*first)}
         layers["d128"] = down(ngf, antialias)
         layers["d256"] = down(2 * ngf, antialias)
@@ -95,7 +104,7 @@ class ResnetGenerator(nn.Module):
             layers[f"R256_{k}"] = ResnetBlock(4 * ngf)
         layers["u128"] = up(4 * ngf, antialias)
         layers["u64"] = up(2 * ngf, antialias)
-        layers["c7s1_3"] = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(ngf, 3, 7))
+        layers["c7s1_3"] = nn.Sequential(ReflectionPad(3), nn.Conv2d(ngf, 3, 7))
         self.layers = nn.ModuleDict(layers)
 
     def forward(self, x, taps=(), encode_only=False):
@@ -241,9 +250,9 @@ def ence(q, k, tau):
     """
     s = q @ k.transpose(1, 2) / tau  # (N, S, S)
     positives = s.diagonal(dim1=1, dim2=2)  # (N, S)
-    negatives = s[:, ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)]  # (N, S (S - 1))
+    others = s.masked_fill(torch.eye(s.shape[1], dtype=torch.bool, device=s.device), -math.inf)
     log_A = (-positives / 2).logsumexp(1) - math.log(positives.shape[1])
-    log_B = (negatives / 2).logsumexp(1) - math.log(negatives.shape[1])
+    log_B = (others / 2).logsumexp((1, 2)) - math.log(s.shape[1] * (s.shape[1] - 1))
     return (log_A + log_B) / 2
 
 

@@ -8,6 +8,8 @@ B is y). The sides need neither be pairs nor be of one number; --swap-xy exchang
 """
 
 import difflib
+import os
+import shutil
 
 import numpy as np
 import torch
@@ -68,10 +70,19 @@ def missing_data(root, name, wanted):
     )
 
 
+def to_pixels(image):
+    """An RGB picture (PIL) as a tensor: (3, H, W), uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_unit(pixels):
+    """0 to 255 (uint8) as float in [-1, 1], on whatever device the pixels are."""
+    return pixels.float() / 127.5 - 1
+
+
 def to_tensor(image):
     """An RGB picture (PIL) as a float tensor: (3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return pixels.float() / 127.5 - 1
+    return to_unit(to_pixels(image))
 
 
 def draw_geometry(rng, load_size, image_size, flip):
@@ -80,35 +91,84 @@ def draw_geometry(rng, load_size, image_size, flip):
     return left, top, bool(rng.random() < 0.5) and flip
 
 
-def apply_geometry(image, geometry, load_size, image_size):
-    """Resizes to load_size squared, crops image_size squared, mirrors: (3, H, W) in [-1, 1]."""
+def resize(image, size):
+    """A picture (PIL) at size squared: (3, size, size), uint8."""
+    return to_pixels(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def apply_geometry(pixels, geometry, image_size):
+    """Crops image_size squared, mirrors. pixels, and what is returned: (3, H, W), uint8."""
     left, top, mirrored = geometry
-    image = image.resize((load_size, load_size), Image.Resampling.BICUBIC)
-    image = image.crop((left, top, left + image_size, top + image_size))
-    return to_tensor(ImageOps.mirror(image) if mirrored else image)
+    pixels = pixels[:, top : top + image_size, left : left + image_size]
+    return pixels.flip(2) if mirrored else pixels.contiguous()
+
+
+class PixelCache:
+    """Pictures as they are before the crop, each decoded once, in memory that all loading processes
+    share: cache(index, decode) is decode(), the first time, and then what that gave.
+
+    shape: of all of them, (number, ..., 3, load_size, load_size), one byte a value. wanted: True,
+    False, or None: where they take at most half of the free shared memory, for each process that
+    trains here. RunError where True is wanted and they do not fit.
+    """
+
+    def __init__(self, shape, wanted):
+        self.bytes = int(np.prod(shape))
+        self.pixels = None
+        if wanted or (wanted is None and self.bytes <= shared_memory() / 2):
+            try:
+                self.pixels = torch.empty(shape, dtype=torch.uint8).share_memory_()
+                self.known = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                size = f"--cache wants {self.bytes / 1e6:.0f} MB of shared memory"
+                raise RunError(f"{size}: {reason}; give --no-cache") from None
+
+    def __call__(self, index, decode):
+        if self.pixels is None:
+            return decode()
+        if not self.known[index]:
+            self.pixels[index] = decode()
+            self.known[index] = True
+        return self.pixels[index]
+
+    def __str__(self):
+        return "read anew" if self.pixels is None else f"kept in {self.bytes / 1e6:.0f} MB"
+
+
+def shared_memory():
+    """Free bytes of shared memory for each process that trains on this machine; 0: none known."""
+    if not os.path.isdir("/dev/shm"):
+        return 0
+    return shutil.disk_usage("/dev/shm").free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class EpochBatches:
     """A sampler of batches of (epoch, index), in an order that depends on seed and epoch alone.
 
     start(epoch, batch) sets where the next pass begins: an interrupted epoch goes on at its next
-    step.
+    step. Of `number` processes that train together each, `rank`, takes batch_size pictures of
+    number * batch_size. All take equally many, also of the last, short batch, so that the mean of
+    their gradients is the mean over pictures; up to number - 1 pictures an epoch are left out.
     """
 
-    def __init__(self, length, batch_size, seed):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+    def __init__(self, length, batch_size, seed, rank=0, number=1):
+        self.length, self.batch_size, self.seed = length - length % number, batch_size, seed
+        self.rank, self.number, self.files = rank, number, length
         self.start(1, 0)
 
     def start(self, epoch, batch):
         self.epoch, self.first_batch = epoch, batch
 
     def __len__(self):
-        return -(-self.length // self.batch_size)  # the last batch may be short
+        return -(-self.length // (self.batch_size * self.number))  # the last batch may be short
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
-        for first in range(self.first_batch * self.batch_size, self.length, self.batch_size):
-            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.files).tolist()
+        order, size = order[: self.length], self.batch_size * self.number
+        for first in range(self.first_batch * size, self.length, size):
+            mine = order[first : first + size][self.rank :: self.number]
+            yield [(self.epoch, index) for index in mine]
 
 
 def find_side(root, name, split, side):
@@ -130,14 +190,17 @@ class UnpairedDataset(Dataset):
     An epoch is the longer side once; the other side's picture is drawn at random each time. That
     draw and the two crops and flips depend on (seed, epoch, index) alone, so that any number of
     workers draws the same. load_size: pixels resized to before the crop; where it equals image_size
-    nothing is cropped.
+    nothing is cropped. cache: whether PixelCache keeps them.
     """
 
-    def __init__(self, root, name, split, load_size, image_size, swap_xy, flip=False, seed=0):
+    def __init__(
+        self, root, name, split, load_size, image_size, swap_xy, flip=False, seed=0, cache=False
+    ):
         self.files_x, self.files_y = (find_side(root, name, split, side) for side in "xy")
         if swap_xy:
             self.files_x, self.files_y = self.files_y, self.files_x
         self.load_size, self.image_size, self.flip, self.seed = load_size, image_size, flip, seed
+        self.cache = PixelCache((len(self.files), 3, load_size, load_size), cache)
 
     def __len__(self):
         return max(len(self.files_x), len(self.files_y))
@@ -155,19 +218,33 @@ class UnpairedDataset(Dataset):
         return [f.stem for f in self.files_x] == [f.stem for f in self.files_y]
 
     def __getitem__(self, key):
+        return tuple(to_unit(pixels) for pixels in self.crops(key))
+
+    def __getitems__(self, keys):
+        """What a loader asks for: uint8, a quarter of the bytes; the device makes floats of it."""
+        return [self.crops(key) for key in keys]
+
+    def crops(self, key):
+        """x and y of dataset[epoch, index], each (3, image_size, image_size), uint8."""
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index + 1])  # + 1: 0 would be the order's
         if len(self.files_x) >= len(self.files_y):
-            files = self.files_x[index], self.files_y[rng.integers(len(self.files_y))]
+            number_x, number_y = index, int(rng.integers(len(self.files_y)))
         else:
-            files = self.files_x[rng.integers(len(self.files_x))], self.files_y[index]
-        x, y = (self.load(f, draw_geometry(rng, *self.sizes, self.flip)) for f in files)
+            number_x, number_y = int(rng.integers(len(self.files_x))), index
+        x, y = (
+            self.crop(number, draw_geometry(rng, self.load_size, self.image_size, self.flip))
+            for number in (number_x, len(self.files_x) + number_y)
+        )
         return x, y
 
-    @property
-    def sizes(self):
-        return self.load_size, self.image_size
+    def crop(self, number, geometry):
+        """Picture `number` of files, cropped and flipped: (3, image_size, image_size), uint8."""
+        file = self.files[number]
+        pixels = self.cache(number, lambda: resize(load_rgb(file), self.load_size))
+        return apply_geometry(pixels, geometry, self.image_size)
 
     def load(self, file, geometry=(0, 0, False)):
         """One picture: (3, image_size, image_size) in [-1, 1]."""
-        return apply_geometry(load_rgb(file), geometry, *self.sizes)
+        pixels = resize(load_rgb(file), self.load_size)
+        return to_unit(apply_geometry(pixels, geometry, self.image_size))

@@ -8,6 +8,8 @@ https://arxiv.org/abs/1611.07004. Grids and losses appear in visualize/pix2pix/<
 import argparse
 import contextlib
 import csv
+import datetime
+import hashlib
 import json
 import math
 import multiprocessing
@@ -59,6 +61,8 @@ def add_common_flags(parser, epochs):
     data("--jitter", action=switch, default=True, help="resize to --load-size, crop [on]")
     data("--flip", action=switch, default=True, help="mirror a random half of the pictures [on]")
     data("--num-workers", type=number(int, 0), default=2, help="loading processes; 0: none [2]")
+    kept = "decode each picture once, keep all, resized, in memory [on where they fit]"
+    data("--cache", action=switch, default=None, help=kept)
 
     training = parser.add_argument_group("training").add_argument
     training("--epochs", type=count, default=epochs, help="passes over the data [%(default)s]")
@@ -76,8 +80,9 @@ def add_common_flags(parser, epochs):
     run("--resume", action="store_true", help="go on from the checkpoint, with its flags [off]")
     run("--overwrite", action="store_true", help="delete the run of this name, start anew [off]")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    kinds = ["fp32", "tf32", "bf16"]
-    run("--precision", choices=kinds, default="fp32", help="of the networks' arithmetic [fp32]")
+    kinds = ["auto", "fp32", "tf32", "bf16"]
+    arithmetic = "of convolutions; auto: bf16 where it is faster, else fp32 [%(default)s]"
+    run("--precision", choices=kinds, default="fp32", help=arithmetic)
     run("--compile", action="store_true", help="torch.compile: slow start, fast steps [off]")
 
 
@@ -124,7 +129,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 from tqdm import tqdm
 
-from pix2pix_dataset import EpochBatches, PairDataset, RunError, list_images
+from pix2pix_dataset import EpochBatches, PairDataset, RunError, list_images, to_unit
 from pix2pix_model import PatchDiscriminator, UNetGenerator, initialize_weights
 
 # ---------------------------------------------------------------------------------- the equations
@@ -167,7 +172,9 @@ def descend(loss, *optimizers):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for optimizer in optimizers:
         optimizer.zero_grad()
-    loss.backward(inputs=[p for group in groups for p in group["params"]])
+    parameters = [p for group in groups for p in group["params"]]
+    loss.backward(inputs=parameters)
+    average_gradients(parameters)
     for optimizer in optimizers:
         optimizer.step()
 
@@ -197,7 +204,7 @@ def build_data(args):
     """The pairs to train on, and those to look at: test/, or val/ where there is no test/."""
     root, name, size = Path(args.data_root), args.data_folder, args.image_size
     load_size = args.load_size if args.jitter else size
-    drawn = {"flip": args.flip, "seed": args.seed}
+    drawn = {"flip": args.flip, "seed": args.seed, "cache": args.cache}
     train_set = PairDataset(root, name, "train", load_size, size, args.swap_xy, **drawn)
     only_val = list_images(root / name / "val") and not list_images(root / name / "test")
     split = "val" if only_val else "test"
@@ -239,8 +246,10 @@ def pick_device(args):
     """The torch device of --device, set up for --precision. RunError where it cannot be used."""
     usable = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     usable.append("cpu")
+    kind, card = args.device, os.environ.get("LOCAL_RANK")  # torchrun numbers its processes
+    kind = usable[0] if kind == "auto" else kind
     try:
-        device = torch.device(usable[0] if args.device == "auto" else args.device)
+        device = torch.device(f"cuda:{card}" if card and kind == "cuda" else kind)
         if device.type not in usable:
             raise RuntimeError(f"not to be had here, only {' and '.join(usable)}")
         torch.zeros(1, device=device)
@@ -248,10 +257,41 @@ def pick_device(args):
         raise RunError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.precision == "tf32" and device.type != "cuda":
         raise RunError(f"--precision tf32 is for CUDA devices, this is {device}: fp32 or bf16")
+    choose_precision(args, device)
     torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True
     return device
+
+
+def choose_precision(args, device):
+    """Settles --precision auto. RunError where bf16 is asked for and much slower than fp32."""
+    if args.precision in ("auto", "bf16"):
+        gain = bf16_gain(device)
+        if args.precision == "auto":
+            args.precision = "bf16" if gain > 1.2 else "fp32"
+        elif gain < 0.5:
+            slow = f"on this {device.type} device bf16 is {gain:.2g} times as fast as fp32"
+            raise RunError(f"--precision bf16: {slow}; give --precision fp32 or auto")
+
+
+def bf16_gain(device):
+    """How many times as fast as in fp32 a convolution is in bf16, forward and backward."""
+    if device.type == "cuda":  # from Ampere on there are units for it; before, it is emulated
+        return 2.0 if torch.cuda.get_device_capability(device) >= (8, 0) else 0.1
+    if device.type == "mps":  # not measured
+        return 1.0
+    times = {torch.float32: [], torch.bfloat16: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other on a machine that is busy
+    for dtype in [*times] * 10:
+        x, weight = torch.ones(1, 128, 32, 32), torch.ones(128, 128, 3, 3)
+        x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
+        started = time.perf_counter()
+        torch.nn.functional.conv2d(x, weight).sum().backward()
+        times[dtype].append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return min(times[torch.float32]) / min(times[torch.bfloat16])
 
 
 def prepare(net, args, device):
@@ -291,6 +331,74 @@ def set_random_states(states, device):
         torch.mps.set_rng_state(states["mps"])
 
 
+def ranks():
+    """This process's number among those that torchrun has started, and how many they are: (0, 1)
+    alone. Each trains on its own pictures; number 0 alone writes and prints."""
+    group = torch.distributed
+    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+
+
+def join_ranks(args, device):
+    """Joins the processes of torchrun, where it has started more than this one."""
+    if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        if args.device not in ("auto", "cpu", "cuda") or device.type == "mps":
+            raise RunError(f"--device {args.device}: several processes want cuda or cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # Long: the others wait while number 0 makes the grids. That one has ended is seen at once.
+        wait = datetime.timedelta(days=1)
+        torch.distributed.init_process_group(backend, timeout=wait)
+        args.precision = gather(args.precision)[0]  # auto: number 0's, though they timed it each
+
+
+def check_ranks(args, nets, train_set):
+    """RunError, in every process, where they have not the same flags, pictures and weights."""
+    if ranks()[1] == 1:
+        return
+    if len(train_set) < ranks()[1]:
+        raise RunError(f"{ranks()[1]} processes for {len(train_set)} pictures: start fewer")
+    files = ["/".join(file.parts[-3:]) for file in train_set.files]
+    own = {"given", "data_root", "device", "num_workers", "cache", "compile"}
+    flags = {name: value for name, value in vars(args).items() if name not in own}
+    sums = [p.double().sum().item() for _, net in networks(nets) for p in net.parameters()]
+    facts = {"flags": flags, "pictures": files, "weights": sums, "torch": torch.__version__}
+    facts = {n: hashlib.sha256(repr(value).encode()).hexdigest() for n, value in facts.items()}
+    for rank, other in enumerate(gather(facts)):
+        differ = [name for name in facts if facts[name] != other[name]]
+        if differ:
+            ours = f"processes {ranks()[0]} and {rank} have different {', '.join(differ)}"
+            raise RunError(f"{ours}; give all machines the same command, code and data")
+
+
+def collective(function, *args):
+    """A call of torch.distributed. RunError where another process has ended meanwhile."""
+    try:
+        return function(*args)
+    except RuntimeError:
+        lost = f"process {ranks()[0]} has lost the others"
+        raise RunError(f"{lost}: one has ended, it says why itself") from None
+
+
+def gather(value):
+    """The value, of any kind, that each process gives: a list, in all of them."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        collective(torch.distributed.all_gather_object, values, value)
+    return values
+
+
+def average_gradients(parameters):
+    """Replaces each gradient by its mean over all processes; alone it does nothing."""
+    if ranks()[1] > 1:
+        gradients = [p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        collective(torch.distributed.all_reduce, flat)
+        means = (flat / ranks()[1]).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
 class StopSignal:
     """Turns Ctrl-C and SIGTERM into `caught`, read between steps; a second one ends at once."""
 
@@ -308,6 +416,14 @@ class StopSignal:
             raise SystemExit(128 + signum)
         self.caught = signum
         print("\nstopping soon; a second time stops at once", file=sys.stderr)
+
+    def agree(self):
+        """Has every process catch what one of them has caught: all stop after the same step."""
+        if ranks()[1] > 1:
+            caught = torch.tensor(self.caught or 0)
+            collective(torch.distributed.all_reduce, caught, torch.distributed.ReduceOp.MAX)
+            self.caught = int(caught) or None
+        return self.caught
 
 
 def ignore_signals(_worker):
@@ -327,7 +443,7 @@ def build_loader(args, train_set, device):
     """Batches of train_set, in an order and with draws that the number of workers leaves alone."""
     return torch.utils.data.DataLoader(
         train_set,
-        batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed),
+        batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed, *ranks()),
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         pin_memory=device.type == "cuda",
@@ -374,16 +490,17 @@ def train_epoch(args, nets, loader, progress, stop, device):
     loader.batch_sampler.start(progress["epoch"], progress["batch"])
     log, started = LossLog(progress), time.monotonic() - progress["seconds"]
     title = f"epoch {progress['epoch']}/{args.epochs}"
-    whole = {"total": len(loader.dataset), "initial": progress["images"]}
-    with tqdm(desc=title, unit="img", **whole) as bar:
+    rank, number = ranks()
+    whole = {"total": loader.batch_sampler.length, "initial": progress["images"]}
+    with tqdm(desc=title, unit="img", **whole, disable=rank > 0) as bar:
         for batch in loader:
-            batch = [images.to(device, non_blocking=True) for images in batch]
+            batch = [to_unit(pixels.to(device, non_blocking=True)) for pixels in batch]
             log.add(training_step(nets, *batch, args))
             progress["step"] += 1
             progress["batch"] += 1
-            progress["images"] += len(batch[0])
-            bar.update(len(batch[0]))
-            ending = stop.caught or progress["step"] == args.max_steps
+            progress["images"] += number * len(batch[0])
+            bar.update(number * len(batch[0]))
+            ending = stop.agree() or progress["step"] == args.max_steps
             complete = progress["batch"] == len(loader)
             if ending or complete or time.monotonic() - log.last_read > 0.5:
                 log.read()
@@ -396,16 +513,22 @@ def train_epoch(args, nets, loader, progress, stop, device):
 def train(args):
     """The whole run. Returns the number of the signal that ended it, or None."""
     device = pick_device(args)
+    join_ranks(args, device)
+    rank = ranks()[0]
     torch.manual_seed(args.seed)
     train_set, test_set = build_data(args)
     nets = build(args, device)
+    if rank:  # number 0 draws what it would draw alone, the others something else
+        torch.manual_seed(args.seed + rank)
     progress = {"epoch": 1, "batch": 0, "step": 0, "images": 0, "seconds": 0.0, "sums": {}}
     progress["files"] = len(train_set.files)
     folder, checkpoint = run_paths(args)
     if args.resume:
         load_checkpoint(checkpoint, nets, progress, device)
-    open_run(args, folder, checkpoint, progress, device)
-    announce(args, nets, train_set, test_set, folder, device)
+    check_ranks(args, nets, train_set)
+    if rank == 0:
+        open_run(args, folder, checkpoint, progress, device)
+        announce(args, nets, train_set, test_set, folder, device)
     loader = build_loader(args, train_set, device)
     max_steps, caught = args.max_steps or math.inf, None
     with StopSignal() as stop:
@@ -418,23 +541,25 @@ def train(args):
             limit = progress["step"] == max_steps
             due = complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs)
             measured = {}
-            if due or limit:
+            if rank == 0 and (due or limit):
                 try:
                     measured = sample(nets, test_set, folder / "val", progress, device)
                 except RunError:  # a test picture cannot be read; the epoch must not be lost
+                    stop.agree()  # as the other processes do now
                     if args.save_model:
                         save_checkpoint(checkpoint, args, nets, progress, device)
                     raise
-            if complete or limit:
+            if rank == 0 and (complete or limit):
                 append_losses(folder, progress, rate, measured)
             if complete:
                 progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={})
-            caught = stop.caught
+            caught = stop.agree()
             if args.save_model and (due or limit or caught):
                 save_checkpoint(checkpoint, args, nets, progress, device)
             if caught:
                 break
-    say_how_it_ended(args, progress)
+    if rank == 0:
+        say_how_it_ended(args, progress)
     return caught
 
 
@@ -485,14 +610,17 @@ def git_commit():
 
 def announce(args, nets, train_set, test_set, folder, device):
     """Says what will run, in numbers."""
-    steps = math.ceil(len(train_set) / args.batch_size)
+    number = ranks()[1]
+    steps = len(EpochBatches(len(train_set), args.batch_size, args.seed, 0, number))
+    pictures = f"{number} x {args.batch_size}" if number > 1 else args.batch_size
     size = f"cropped from {args.load_size} to" if args.jitter else "resized to"
     kept = "" if args.save_model else "; without --save-model only grids and losses are kept"
     sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
     print(
-        f"{METHOD} on {args.data_folder}: {train_set} to train on, {test_set} to test with, {size} "
-        f"{args.image_size} px; {args.epochs} epochs of {steps} steps on {device} in "
-        f"{args.precision}; {', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
+        f"{METHOD} on {args.data_folder}: {train_set} to train on ({train_set.cache}), {test_set} "
+        f"to test with, {size} {args.image_size} px; {args.epochs} epochs of {steps} steps of "
+        f"{pictures} on {device} in {args.precision}; "
+        f"{', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
         f"parameters; grids go to {folder}{kept}",
         flush=True,
     )
@@ -576,9 +704,17 @@ def plot_losses(rows, path):
 
 
 def save_checkpoint(path, args, nets, progress, device):
-    """Writes the whole run into one file. RunError where that fails or a weight is not finite."""
+    """Writes the whole run into one file. RunError where that fails or a weight is not finite.
+
+    Processes that train together have the same weights, but each its own random states and image
+    buffers. Those of the others are in the list state["others"]; all call this, number 0 writes.
+    """
     state = {name: part.state_dict() for name, part in nets.items()}
-    state.update(method=METHOD, args=vars(args), progress=progress, random=random_states(device))
+    own = {name: state[name] for name in state if name.startswith("buffer")}
+    own, *others = gather({**own, "random": random_states(device)})
+    if ranks()[0] > 0:
+        return
+    state.update(own, method=METHOD, args=vars(args), progress=progress, others=others)
     if not all(p.isfinite().all() for _, net in networks(nets) for p in net.parameters()):
         step = progress["step"]
         raise RunError(f"a weight is not finite after step {step}; {path} stays as it was")
@@ -592,21 +728,26 @@ def read_checkpoint(path):
         raise RunError(f"no checkpoint {path}; --save-model writes one, --run-name says which")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        method = [state[part] for part in ("args", "progress", "random", "method")][-1]
+        parts = [state[part] for part in ("args", "progress", "random", "method")]
     except Exception as error:  # a damaged file may raise nearly anything
         kind = type(error).__name__
         raise RunError(f"{path} is damaged ({kind}); --overwrite starts anew") from None
-    if method != METHOD:
-        raise RunError(f"{path} is a checkpoint of {method}, not of {METHOD}")
+    if parts[-1] != METHOD:
+        raise RunError(f"{path} is a checkpoint of {parts[-1]}, not of {METHOD}")
     return state
 
 
 def load_checkpoint(path, nets, progress, device):
     """Puts everything that save_checkpoint wrote back in its place."""
-    state = read_checkpoint(path)
+    state, (rank, number) = read_checkpoint(path), ranks()
     was, now = state["progress"]["files"], progress["files"]
     if was != now:
         raise RunError(f"the training set has changed: {was} pictures at the checkpoint, {now} now")
+    others = state.get("others", [])
+    if len(others) + 1 != number:
+        was = len(others) + 1
+        raise RunError(f"{path} is of a run of {was} processes, not {number}: start as many")
+    state.update(others[rank - 1] if rank else {})
     try:
         for name, part in nets.items():
             part.load_state_dict(state[name])
@@ -619,9 +760,12 @@ def load_checkpoint(path, nets, progress, device):
 
 def adopt_flags(args):
     """A resumed run's flags: the checkpoint's. RunError where the user typed one otherwise."""
-    free = "data_root epochs num_workers sample_every save_model resume device compile max_steps"
+    free = "data_root epochs num_workers cache sample_every save_model resume device compile"
+    free += " max_steps"
     saved = read_checkpoint(run_paths(args)[1])["args"]
     typed = {name: getattr(args, name) for name in args.given}
+    if args.precision == "auto":  # it was settled then
+        typed.pop("precision", None)
     fixed = [name for name in typed if name in saved and name not in free.split()]
     differ = [name for name in fixed if typed[name] != saved[name]]
     if differ:
@@ -636,7 +780,9 @@ def say_how_it_ended(args, progress):
     if progress["epoch"] > args.epochs:
         print(f"done: {args.epochs} epochs, {progress['step']} steps")
     elif args.save_model:
-        again = f"python {METHOD}/train.py --run-name {args.run_name} --resume"
+        number = ranks()[1]
+        start = f"torchrun --nproc-per-node {number}" if number > 1 else "python"
+        again = f"{start} {METHOD}/train.py --run-name {args.run_name} --resume"
         print(f"stopped after step {progress['step']}; to go on: {again}")
     else:
         print(f"stopped after step {progress['step']}; without --save-model nothing is kept")
@@ -647,6 +793,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         caught = train(adopt_flags(args) if args.resume else args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (RunError, OSError) as error:
         # From a loading process an error comes with its traceback; the last line is the message.
         message = str(error).strip().splitlines()[-1].split("RunError: ")[-1]
