@@ -120,7 +120,8 @@ class ResnetGenerator(nn.Module):
             if encode_only and all(tap in features for tap in taps):
                 break
             x = layer(x)
-            features[name] = x
+            if name in taps:  # keeping the others would cost memory
+                features[name] = x
         features = [features[tap] for tap in taps]
         if encode_only:
             return features
