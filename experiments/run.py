@@ -4,7 +4,8 @@
     python experiments/run.py --data-root datasets --jobs 2
     python experiments/run.py --only facades-buffer-50     # those whose name begins so
 
-A run that is complete is passed over; one that was stopped goes on. Each writes to
+A run that is complete is passed over; one that was stopped goes on; one without a checkpoint, as
+those that the repository shows, is trained anew. Each writes to
 visualize/<method>/<name>-seed-<seed>/, as every run does; judge.py then makes the tables. Data sets
 wanted: facades, monet2photo (datasets/download.py), facades_unpaired (split_pairs.py) and
 toy, toy_unpaired (make_toy.py).
@@ -200,16 +201,18 @@ class Runner:
 
     def run(self, experiment, seed):
         """Trains, or goes on with, one run. Returns whether it is complete."""
-        if epochs_done(ROOT, experiment, seed) >= epochs_wanted(experiment):
+        name = full_name(experiment, seed)
+        # Without one: the runs that the repository shows, and those ended before their first.
+        has_checkpoint = (ROOT / experiment.method / "model" / name / "checkpoint.pt").exists()
+        if has_checkpoint and epochs_done(ROOT, experiment, seed) >= epochs_wanted(experiment):
             return True
         if self.stopping.is_set():
             return False
-        name = full_name(experiment, seed)
         words = [sys.executable, *command(experiment, seed)[1:]]
-        if (ROOT / experiment.method / "model" / name / "checkpoint.pt").exists():
+        if has_checkpoint:
             words = [*words[:2], "--run-name", name, "--resume"]
         elif run_folder(ROOT, experiment, seed).exists():
-            words.append("--overwrite")  # it was ended before its first checkpoint
+            words.append("--overwrite")
         words += ["--data-root", str(self.args.data_root), "--num-workers", "0"]
         cores = max(1, (os.cpu_count() or 1) // self.args.jobs)
         log = run_folder(ROOT, experiment, seed) / "log.txt"

@@ -104,18 +104,20 @@ def started(tmp_path, monkeypatch):
 
 
 def test_complete_is_passed_over_and_stopped_goes_on(tmp_path, monkeypatch, started, capsys):
-    names = ["complete", "stopped", "lost", "new", "fails"]
+    names = ["complete", "stopped", "lost", "shown", "new", "fails"]
     table = [run.Experiment((1,), "CUT", name, "--epochs 3", (0,)) for name in names]
-    complete, stopped, lost, *_ = table
+    complete, stopped, lost, shown, *_ = table
     monkeypatch.setattr(run, "EXPERIMENTS", table)
     write_losses(tmp_path, complete, 0, epochs=3)
     write_losses(tmp_path, stopped, 0, epochs=2)
-    checkpoint = tmp_path / "CUT" / "model" / "stopped-seed-0" / "checkpoint.pt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
+    for name in ("complete-seed-0", "stopped-seed-0"):
+        checkpoint = tmp_path / "CUT" / "model" / name / "checkpoint.pt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
     write_losses(tmp_path, lost, 0, epochs=1)
+    write_losses(tmp_path, shown, 0, epochs=3)
     assert run.main(["--data-root", str(tmp_path)]) == 1
-    assert "4 of 5 runs are complete" in (output := capsys.readouterr()).out
+    assert "5 of 6 runs are complete" in (output := capsys.readouterr()).out
     assert "CUT fails-seed-0: exit status 3, see" in output.err
     place = ["--data-root", str(tmp_path), "--num-workers", "0"]
     script = [sys.executable, "CUT/train.py"]
@@ -123,6 +125,7 @@ def test_complete_is_passed_over_and_stopped_goes_on(tmp_path, monkeypatch, star
     assert started == [
         [*script, "--run-name", "stopped-seed-0", "--resume", *place],
         [*script, *flags, "lost-seed-0", "--save-model", "--overwrite", *place],
+        [*script, *flags, "shown-seed-0", "--save-model", "--overwrite", *place],
         [*script, *flags, "new-seed-0", "--save-model", *place],
         [*script, *flags, "fails-seed-0", "--save-model", *place],
     ]
