@@ -414,10 +414,11 @@ def inception_rows(generated, reference):
     resized = "all resized to 299x299 (PIL's bicubic)"
     biased = f"; biased, being of {few} pictures (below 2048): read KID" if few < 2048 else ""
     drawn = f"mean of 100 subsets of {subset}, lower is better; {resized}"
+    spread = "of these subsets; 0 where each is the whole set"
     return [
         Row("unpaired", "fid", "FID", fid, why or f"lower is better; {resized}{biased}"),
         Row("unpaired", "kid", "KID", kid, "left out: as FID" if why else drawn),
-        Row("unpaired", "kid_std", "KID, deviation", deviation, "of these subsets"),
+        Row("unpaired", "kid_std", "KID, deviation", deviation, spread),
     ][: 2 if why else 3]
 
 
@@ -506,7 +507,7 @@ def wasserstein_rows(generated, reference, size):
     count = max(1, min(128, 2**17 // max(len(generated), len(reference))))
     made = describe(generated, size, count, "SWD GENERATED")
     true = describe(reference, size, count, "SWD REFERENCE")
-    halves = "halves: the same of two halves of REFERENCE"
+    halves = "halves: the same of two halves of REFERENCE, higher as they are smaller"
     note = f"x 1000, lower is better; {count} patches of each picture; {halves}"
     rows, yardsticks = [], []
     for a, b in zip(made, true, strict=True):
@@ -616,9 +617,18 @@ def read_method(checkpoint):
     return method
 
 
+def check_translator(args):
+    """Settles --method and --direction before anything is measured. RunError where they are odd."""
+    args.method = args.method or read_method(args.checkpoint)
+    if not (ROOT / args.method / "translate.py").is_file():
+        raise RunError(f"there is no {ROOT / args.method / 'translate.py'} to run the checkpoint")
+    if args.direction and args.method != "cycleGAN":
+        raise RunError(f"--direction is for cycleGAN, {args.checkpoint} is of {args.method}")
+
+
 def translate(args, source, target):
     """Runs the method's translate.py on the folder `source`, into the folder `target`."""
-    script = ROOT / (args.method or read_method(args.checkpoint)) / "translate.py"
+    script = ROOT / args.method / "translate.py"
     command = [sys.executable, script, "--checkpoint", args.checkpoint]
     command += ["--input", source, "--output", target]
     command += ["--direction", args.direction] if args.direction else []
@@ -657,7 +667,9 @@ def shift_rows(args, pairs, generated):
         *((f"shift_psnr_{pixel}", f"{pixel} px", values) for pixel, values in found.items()),
     ):
         value, note = mean_psnr(values)
-        note += "" if rows else f"; {len(chosen)} of {len(pairs)} inputs, the first by name"
+        if not rows:
+            note += f"; {len(chosen)} of {len(pairs)} inputs, the first by name"
+            note += f"; {args.direction or 'x2y'}" * (args.method == "cycleGAN")
         rows.append(Row("stripes", key, f"shift-PSNR, {name}", value, note))
     return rows
 
@@ -668,6 +680,8 @@ def shift_rows(args, pairs, generated):
 def evaluate(args):
     """Everything that is asked for: what the pictures are, a dict, and the rows of the table."""
     folders = {"generated": args.generated, "reference": args.reference, "input": args.input}
+    if args.checkpoint:
+        check_translator(args)
     sets = {name: scan(folder) for name, folder in folders.items() if folder}
     generated, reference = sets["generated"], sets["reference"]
     pairs = match(generated, reference, "--paired") if args.paired else []

@@ -27,12 +27,19 @@ METHODS = ("pix2pix", "cycleGAN", "CUT")
 PARTS = ("plain", "fp32", "tf32", "bf16", "channels-last", "compile", "graph")
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse_args(argv=None):
     """The flags; those that follow -- go to train.py as they are, as `rest`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = Parser("step_time.py", description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
     add("--method", choices=METHODS, required=True, help="whose step")
     add("--image-size", type=int, default=256, help="pixels [256]")
@@ -50,7 +57,11 @@ def parse_args(argv=None):
     args.rest = argv[cut + 1 :]
     for name in args.configs or ():
         if set(name.split("+")) - set(PARTS):
-            parser.error(f"--configs {name}: parts are {', '.join(PARTS)}")
+            parser.error(f"--configs {name}: parts are {', '.join(PARTS[1:])}")
+    for name, low in (("rounds", 1), ("burst", 1), ("warm_up", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            given = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            parser.error(f"{given}: wanted is a number from {low} on")
     return args
 
 
@@ -306,6 +317,8 @@ def compare(train, args):
         device = first.device
         cuda = device.type == "cuda"
         names = args.configs or (["fp32", *PARTS[2:]] if cuda else ["fp32", "bf16"])
+        if not cuda and any("graph" in name for name in names):
+            raise train.RunError(f"--configs graph is for CUDA devices, this is {device}")
         args.rounds, args.burst = args.rounds or (20 if cuda else 4), args.burst or 1 + 19 * cuda
         args.warm_up = 1 + cuda if args.warm_up is None else args.warm_up
         configs = [first]

@@ -120,6 +120,9 @@ class PixelCache:
                 self.pixels = torch.empty(shape, dtype=torch.uint8).share_memory_()
                 self.known = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
             except RuntimeError as error:
+                self.pixels = None
+                if not wanted:
+                    return
                 reason = str(error).splitlines()[0]
                 size = f"--cache wants {self.bytes / 1e6:.0f} MB of shared memory"
                 raise RunError(f"{size}: {reason}; give --no-cache") from None

@@ -346,14 +346,19 @@ def pick_device(args):
 
 
 def choose_precision(args, device):
-    """Settles --precision auto. RunError where bf16 is asked for and much slower than fp32."""
+    """Settles --precision auto. RunError where bf16 is asked for and much slower than fp32.
+
+    A resumed run keeps what it began with, however slow that is here: it says so and goes on.
+    """
     if args.precision in ("auto", "bf16"):
         gain = bf16_gain(device)
         if args.precision == "auto":
             args.precision = "bf16" if gain > 1.2 else "fp32"
         elif gain < 0.5:
             slow = f"on this {device.type} device bf16 is {gain:.2g} times as fast as fp32"
-            raise RunError(f"--precision bf16: {slow}; give --precision fp32 or auto")
+            if not args.resume:
+                raise RunError(f"--precision bf16: {slow}; give --precision fp32 or auto")
+            print(f"warning: {slow}; the run began in bf16 and goes on in it", file=sys.stderr)
 
 
 def bf16_gain(device):
@@ -539,7 +544,10 @@ def total_last(named):
 
 
 class LossLog:
-    """Losses stay on the device and are read many steps at once, so that no step waits for them."""
+    """Losses stay on the device and are read many steps at once, so that no step waits for them.
+
+    Of several processes each has its own; the progress bar and losses.csv show number 0's.
+    """
 
     def __init__(self, progress):
         self.progress, self.pending, self.names, self.smooth = progress, [], [], {}

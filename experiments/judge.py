@@ -28,6 +28,7 @@ from PIL import Image
 from run import (
     EXPERIMENTS,
     QUESTIONS,
+    Parser,
     chosen,
     epochs_done,
     epochs_wanted,
@@ -64,13 +65,6 @@ class RunError(Exception):
     """Ends a run. The message is one line: what was found, what was wanted, what to do."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_args(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser("judge.py", description=__doc__, formatter_class=style, allow_abbrev=False)
@@ -83,6 +77,10 @@ def parse_args(argv=None):
     flag("--seeds", nargs="+", type=int, help="of these seeds only [all]")
     args = parser.parse_args(argv)
     args.root = args.root.expanduser().resolve()
+    if not args.root.is_dir():
+        parser.error(f"--root {args.root} is no folder")
+    if not chosen(args):
+        parser.error("--only, --questions and --seeds leave no run; run.py --dry-run lists all")
     args.data_root = (args.data_root or args.root / "datasets").expanduser().resolve()
     return args
 
@@ -428,7 +426,7 @@ def main(argv=None):
                 rows[key] = judge(experiment, seed, direction, args)
                 write_results(results, rows)
                 said = rows[key]["note"] or "measured"
-            except (RunError, OSError, ValueError, KeyError) as error:
+            except (RunError, OSError, ValueError, KeyError, TypeError) as error:
                 said, failed = f"error: {error!r}", 1
             print(*key, said, flush=True)
     try:

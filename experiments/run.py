@@ -25,14 +25,21 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What two CPU cores can do: small pictures, a quarter of the filters, few epochs.
+# What two CPU cores can do: small pictures, half the filters, few epochs.
 SMALL = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --precision bf16 --sample-every 1"
 MIDDLE = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --precision bf16"
 FACADES = f"--data-folder facades_unpaired {SMALL} --n-layers 6 --epochs 6"
 MONET = f"--data-folder monet2photo {SMALL} --n-layers 6 --epochs 2"
 PHOTO_TO_MONET = f"{MONET} --swap-xy"
-TOY = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --batch-size 4 --sample-every 3"
-TOY_UNPAIRED = f"--data-folder toy_unpaired {TOY} --epochs 3"
+TOY = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --batch-size 4 --sample-every 3 --epochs 3"
+TOY_UNPAIRED = f"--data-folder toy_unpaired {TOY}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class Experiment(NamedTuple):
@@ -109,7 +116,7 @@ EXPERIMENTS = [
 ]
 for precision in ("fp32", "bf16"):
     flags = f"--precision {precision}"
-    toy = f"--data-folder toy {TOY} --epochs 3 {flags}"
+    toy = f"--data-folder toy {TOY} {flags}"
     EXPERIMENTS += [
         Experiment((13,), "pix2pix", f"toy-{precision}", toy, (0, 1, 2)),
         Experiment(
@@ -123,14 +130,14 @@ for precision in ("fp32", "bf16"):
 
 def number(text):
     """An argparse type: a whole number from 1 on."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
     return int(text)
 
 
 def parse_args(argv=None):
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("run.py", description=__doc__, formatter_class=style)
+    parser = Parser("run.py", description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true", help="print the commands only [off]")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or beginnings [all]")
     parser.add_argument("--questions", nargs="+", type=int, choices=QUESTIONS, help="[all]")
@@ -139,6 +146,8 @@ def parse_args(argv=None):
     parser.add_argument("--jobs", type=number, default=1, help="runs at a time [1]")
     args = parser.parse_args(argv)
     args.data_root = args.data_root.expanduser().resolve()
+    if not chosen(args):
+        parser.error("--only, --questions and --seeds leave no run; --dry-run lists all")
     return args
 
 
@@ -203,9 +212,12 @@ class Runner:
         """Trains, or goes on with, one run. Returns whether it is complete."""
         name = full_name(experiment, seed)
         # Without one: the runs that the repository shows, and those ended before their first.
-        has_checkpoint = (ROOT / experiment.method / "model" / name / "checkpoint.pt").exists()
+        checkpoint = ROOT / experiment.method / "model" / name / "checkpoint.pt"
+        has_checkpoint = checkpoint.exists()
         if has_checkpoint and epochs_done(ROOT, experiment, seed) >= epochs_wanted(experiment):
-            return True
+            losses = run_folder(ROOT, experiment, seed) / "losses.csv"
+            if checkpoint.stat().st_mtime >= losses.stat().st_mtime:  # else it was not saved
+                return True
         if self.stopping.is_set():
             return False
         words = [sys.executable, *command(experiment, seed)[1:]]

@@ -15,6 +15,7 @@ status is 1 if a picture could not be read, 2 after any other error.
 """
 
 import argparse
+import hashlib
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +44,7 @@ def add_common_flags(parser):
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     kinds = ["fp32", "tf32", "bf16"]
     flag("--precision", choices=kinds, default="fp32", help="of the network's arithmetic [fp32]")
-    parser.set_defaults(compile=False)
+    parser.set_defaults(compile=False, resume=False)
 
 
 def check_common_flags(parser, args):
@@ -54,6 +55,8 @@ def check_common_flags(parser, args):
         parser.error("--input and --output belong together: give both")
     if not (args.input or args.onnx):
         parser.error("nothing to do: give --input and --output, or --onnx, or all three")
+    if args.onnx and args.onnx.is_dir():
+        parser.error(f"--onnx {args.onnx} is a folder: wanted is a file")
 
 
 def parse_args(argv=None):
@@ -73,7 +76,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
@@ -236,8 +239,10 @@ def translate_picture(G, image, multiple, device):
 
 
 def resize_short_side(image, size):
-    """A picture (PIL) whose short side is `size` pixels."""
+    """A picture (PIL) whose short side is `size` pixels. RunError where it would be huge."""
     sides = [round(side * size / min(image.size)) for side in image.size]
+    if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
+        raise RunError(f"--size {size} makes pictures of {sides[0]}x{sides[1]}: give a smaller one")
     return image.resize(sides, Image.Resampling.BICUBIC)
 
 
@@ -247,9 +252,32 @@ def is_gray(image):
     return bool((levels == levels[:, :, :1]).all())
 
 
+def recipe(args):
+    """What a result depends on beside its picture, as a short text that each PNG carries."""
+    flags = [args.size, args.keep_gray, args.precision, getattr(args, "dropout", None)]
+    flags.append(getattr(args, "direction", None) or "x2y")
+    return hashlib.sha256(args.checkpoint.read_bytes() + repr(flags).encode()).hexdigest()[:16]
+
+
+def recipe_of(path):
+    """The recipe that a PNG carries; None where it has none."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("recipe")
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
 def translate_all(G, multiple, jobs, args, device):
     """Makes the PNG files. Returns the exit status."""
     args.output.mkdir(parents=True, exist_ok=True)
+    made_by, this = PngImagePlugin.PngInfo(), recipe(args)
+    made_by.add_text("recipe", this)
+    there = [] if args.overwrite else [target for _, target in jobs if target.exists()]
+    others = [target for target in there if recipe_of(target) != this]
+    if others:
+        which = f"{len(others)} PNG files of another checkpoint or other flags, as {others[0]}"
+        print(f"warning: {which}, are kept; --overwrite makes them anew", file=sys.stderr)
     todo = [job for job in jobs if args.overwrite or not job[1].exists()]
     made, unreadable = 0, 0
     with StopSignal() as stop, tqdm(todo, desc="translate", unit="img") as bar:
@@ -270,7 +298,7 @@ def translate_all(G, multiple, jobs, args, device):
             if args.keep_gray and is_gray(image):
                 result = result.convert("L")
             with replacing(target, "wb") as png:
-                result.save(png, "png")
+                result.save(png, "png", pnginfo=made_by)
             made += 1
             if stop.caught:
                 break

@@ -558,6 +558,12 @@ def test_shift_psnr_at_the_generated_size_and_direction(translator, tmp_path):
     assert "for the change: 2 of 2 inputs resized from 128x128 to 64x64 (PIL's bicubic)" in lines
     script, given, _ = json.loads(log.read_text())
     assert "cycleGAN" in script and given["direction"] == "y2x"
+    flags = ["--input", a, "--checkpoint", tmp_path / "net_G.pth", "--method", "cycleGAN"]
+    notes = [
+        run(tmp_path, a, a, *flags, *more)["notes"]["stripes.shift_psnr"]
+        for more in ([], ["--direction", "y2x"])
+    ]
+    assert notes[0].endswith("; x2y") and notes[1].endswith("; y2x")
 
 
 def test_shift_psnr_refuses(translator, tmp_path, capsys):
@@ -565,6 +571,9 @@ def test_shift_psnr_refuses(translator, tmp_path, capsys):
     a = write(tmp_path / "a", blobs(2))
     given = [a, a, "--input", a, "--checkpoint"]
     assert "another network" in refused(capsys, *given, tmp_path / "checkpoint.pt")
+    early = [tmp_path / "no folder", a, "--input", a, "--checkpoint", tmp_path / "checkpoint.pt"]
+    assert "is of CUT" in refused(capsys, *early, "--direction", "x2y")  # before all else
+    assert "pix2pix/translate.py to run" in refused(capsys, *early, "--method", "pix2pix")
     assert "--method" in refused(capsys, *given, tmp_path / "net_G.pth")
     assert "no file" in refused(capsys, *given, tmp_path / "nothing.pt")
     (tmp_path / "text.pt").write_text("nothing")

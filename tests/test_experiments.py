@@ -73,6 +73,21 @@ def test_filters(capsys):
     assert [words[words.index("--seed") + 1] for words in everything][0::56] == ["0", "2"]
 
 
+@pytest.mark.parametrize("module", [run, judge])
+def test_a_choice_that_leaves_nothing_is_an_error(module, capsys):
+    for flags in (["--only", "nosuch"], ["--questions", "1", "--seeds", "7"]):
+        with pytest.raises(SystemExit) as ended:
+            module.parse_args(flags)
+        assert ended.value.code == 2
+        assert "leave no run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        judge.parse_args(["--root", "/no/such/folder"])
+    assert capsys.readouterr().err == "judge.py: error: --root /no/such/folder is no folder\n"
+    with pytest.raises(SystemExit):
+        run.parse_args(["--dry"])
+    assert capsys.readouterr().err == "run.py: error: unrecognized arguments: --dry\n"
+
+
 def write_losses(root, experiment, seed, epochs, **columns):
     """losses.csv of a run of so many epochs. columns: what was measured, "" for epochs without."""
     folder = run.run_folder(root, experiment, seed)

@@ -102,6 +102,8 @@ def test_the_cache_is_left_out_where_it_does_not_fit(method, tmp_path, monkeypat
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     with pytest.raises(module.RunError, match="unable to allocate shared memory; give --no-cache"):
         data_set(method, tmp_path, True)
+    monkeypatch.setattr(module, "shared_memory", lambda: math.inf)
+    assert data_set(method, tmp_path, None).cache.pixels is None  # nobody asked for it
 
 
 # -------------------------------------------------------------------------------------- precision
@@ -126,6 +128,18 @@ def test_slow_bf16_is_refused(run, monkeypatch, capsys):
     error = error_line(capsys)
     assert "--precision bf16" in error and "0.04 times as fast" in error and "fp32" in error
     assert not run.folder.exists()
+
+
+def test_a_run_begun_in_bf16_goes_on_where_bf16_is_slow(run, monkeypatch, capsys):
+    monkeypatch.setattr(run.module, "bf16_gain", lambda _: 3.0)
+    assert run("--precision", "bf16", "--max-steps", "1", "--save-model") == 0
+    monkeypatch.setattr(run.module, "bf16_gain", lambda _: 0.04)
+    for step, flags in enumerate(([], ["--precision", "auto"], ["--precision", "bf16"]), 2):
+        resume = ["--run-name", "run", "--resume", *flags, "--max-steps", str(step)]
+        assert run.module.main(resume) == 0
+        assert "began in bf16 and goes on" in capsys.readouterr().err
+        assert run.state()["progress"]["step"] == step
+        assert run.state()["args"]["precision"] == "bf16"
 
 
 def test_the_probe_measures_and_leaves_no_trace(method):
@@ -385,6 +399,14 @@ def test_the_benchmark_refuses_what_it_does_not_know(capsys):
         step_time.parse_args(["--method", "CUT", "--configs", "bf16+magic"])
     assert ended.value.code == 2
     assert "bf16+magic" in capsys.readouterr().err
+    for flags in (["--rounds", "0"], ["--burst", "-1"], ["--warm-up", "-1"]):
+        with pytest.raises(SystemExit):
+            step_time.parse_args(["--method", "CUT", *flags])
+        assert f"step_time.py: error: {' '.join(flags)}: wanted" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        args = step_time.parse_args(["--method", METHODS[0], "--configs", "graph", "--no-memory"])
+        assert step_time.main(args) == 2
+        assert "graph is for CUDA devices" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="told by /proc")

@@ -396,6 +396,37 @@ def test_what_is_there_is_kept_unless_overwritten(module, checkpoint, tmp_path, 
     assert contents(out) == wanted
 
 
+def test_what_is_kept_though_made_otherwise_is_named(module, checkpoint, tmp_path, capsys):
+    source, out = write_pictures(tmp_path / "in", [(40, 40)] * 2), tmp_path / "out"
+    flags = {"checkpoint": checkpoint, "input": source, "output": out}
+    assert run(module, **flags) == 0
+    assert run(module, **flags) == 0
+    assert "warning" not in capsys.readouterr().err
+    state = torch.load(checkpoint)
+    state["G"] = {name: tensor + 0.01 for name, tensor in state["G"].items()}
+    torch.save(state, tmp_path / "later.pt")
+    others = [{"size": 36}, {"precision": "bf16"}, {"keep_gray": True}]
+    others += [{"checkpoint": tmp_path / "later.pt"}]
+    others += [{"direction": "y2x"}] * (module.METHOD == "cycleGAN")
+    others += [{"no_dropout": True}] * (module.METHOD == "pix2pix")
+    for other in others:
+        assert run(module, **{**flags, **other}) == 0
+        error = capsys.readouterr().err
+        assert (
+            "2 PNG files of another checkpoint or other flags" in error and "--overwrite" in error
+        )
+    if module.METHOD == "cycleGAN":
+        assert run(module, **flags, direction="x2y") == 0
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_a_size_that_would_fill_the_memory_is_refused(module, checkpoint, tmp_path, capsys):
+    source = write_pictures(tmp_path / "in", [(5, 7)])
+    flags = {"checkpoint": checkpoint, "input": source, "output": tmp_path / "out"}
+    assert run(module, **flags, size=2000000) == 2
+    assert "--size 2000000 makes pictures of 2000000x2800000" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_cleanly_and_the_same_command_goes_on(
     module, checkpoint, tmp_path, monkeypatch, capsys, signum
@@ -426,7 +457,7 @@ def test_a_signal_ends_cleanly_and_the_same_command_goes_on(
     assert "done: 2 made, 2 kept" in capsys.readouterr().out
 
 
-def save_half_and_die(_image, file, *_):
+def save_half_and_die(_image, file, *_, **__):
     file.write(b"half")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -453,7 +484,7 @@ def test_a_full_disk_leaves_what_was_there(module, checkpoint, tmp_path, monkeyp
     assert run(module, **flags) == 0
     before = contents(out)
 
-    def fail(_image, file, *_):
+    def fail(_image, file, *_, **__):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
@@ -466,7 +497,7 @@ def test_a_full_disk_leaves_what_was_there(module, checkpoint, tmp_path, monkeyp
 
 
 def test_too_little_memory_names_the_picture(module, checkpoint, tmp_path, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("can't allocate memory: you tried to allocate 99 bytes\nstack")
 
     monkeypatch.setattr(module, "apply", fail)
