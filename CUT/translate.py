@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 from CUT_dataset import SUFFIXES, RunError, list_images, load_rgb, to_tensor
 from CUT_model import ResnetGenerator, down
-from train import StopSignal, pick_device, prepare, replacing
+from CUT_run import StopSignal, pick_device, prepare, replacing
 
 # ----------------------------------------------------------------------------------- the generator
 

@@ -89,7 +89,7 @@ class Configuration:
     """One way to run a step: config(x, y) runs it. name: parts joined by +, or "plain"."""
 
     def __init__(self, train, args, name, folder="."):
-        self.name, self.parts = name, name.split("+")
+        self.name, self.parts, self.method = name, name.split("+"), args.method
         self.precision = next((p for p in self.parts if p in ("tf32", "bf16")), "fp32")
         flags = ["--image-size", str(args.image_size), "--batch-size", str(args.batch_size)]
         flags += ["--load-size", str(args.image_size * 286 // 256), "--device", args.device]
@@ -101,8 +101,9 @@ class Configuration:
         make = (lambda *a: plain.build(train, *a)) if name == "plain" else train.build
         self.nets, self.replay = make(self.args, self.device), None
         if "channels-last" in self.parts:
-            for _, net in train.networks(self.nets):
-                net.to(memory_format=torch.channels_last)
+            for net in self.nets.values():
+                if isinstance(net, torch.nn.Module):
+                    net.to(memory_format=torch.channels_last)
 
     def __call__(self, x, y):
         torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
@@ -112,7 +113,7 @@ class Configuration:
         if "graph" in self.parts:
             return self.run_graph(x, y)
         if self.name == "plain":
-            return plain.STEPS[self.train.METHOD](self.train, self.nets, x, y, self.args)
+            return plain.STEPS[self.method](self.train, self.nets, x, y, self.args)
         return self.train.training_step(self.nets, x, y, self.args)
 
     def run_graph(self, x, y):

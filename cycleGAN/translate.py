@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 from cycleGAN_dataset import SUFFIXES, RunError, list_images, load_rgb, to_tensor
 from cycleGAN_model import ResnetGenerator, down
-from train import StopSignal, pick_device, prepare, replacing
+from cycleGAN_run import StopSignal, pick_device, prepare, replacing
 
 # ----------------------------------------------------------------------------------- the generator
 

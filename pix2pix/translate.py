@@ -82,7 +82,8 @@ from tqdm import tqdm
 
 from pix2pix_dataset import SUFFIXES, RunError, list_images, load_rgb, to_tensor
 from pix2pix_model import UNetGenerator
-from train import StopSignal, pick_device, prepare, replacing, translate
+from pix2pix_run import StopSignal, pick_device, prepare, replacing
+from train import translate
 
 # ----------------------------------------------------------------------------------- the generator
 

@@ -28,15 +28,29 @@ def load_script(method, script="train"):
     return sys.modules[name]
 
 
+def run_module(method):
+    """<method>/<method>_run.py as a module, the one that train.py imports from."""
+    return importlib.import_module(f"{method}_run")
+
+
+def redirect(monkeypatch, method, root):
+    """Has a method's runs written below root."""
+    monkeypatch.setattr(run_module(method), "ROOT", root)
+    monkeypatch.setattr(run_module(method), "HERE", root / method)
+
+
+def draw_no_curves(monkeypatch, method):
+    """They take nine tenths of a small run."""
+    monkeypatch.setattr(run_module(method), "plot_losses", lambda *_: None)
+
+
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """script(method) is that method's train.py, which writes its runs below tmp_path."""
+    """script(method) is that method's train.py, whose runs are redirected to tmp_path."""
 
     def get(method):
-        module = load_script(method)
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-        monkeypatch.setattr(module, "HERE", tmp_path / method)
-        return module
+        redirect(monkeypatch, method, tmp_path)
+        return load_script(method)
 
     return get
 

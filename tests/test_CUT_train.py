@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
 
-from conftest import load_script, write_unpaired
+from conftest import draw_no_curves, load_script, run_module, write_unpaired
 
 SMALL = ["--image-size", "32", "--load-size", "36", "--ngf", "4", "--ndf", "4", "--n-layers", "2"]
-SMALL += ["--device", "cpu", "--num-workers", "0", "--num-patches", "16"]
+SMALL += ["--device", "cpu", "--num-workers", "0", "--num-patches", "16", "--precision", "fp32"]
 TAPS = ["pix", "d128", "d256", "R256_1", "R256_2"]
 SMALL += ["--feat-str", ", ".join(TAPS)]
 
@@ -34,7 +34,7 @@ def train(script, tmp_path, monkeypatch):
     """CUT/train.py, which writes its runs below tmp_path and draws no curves."""
     (tmp_path / "CUT").mkdir()
     module = script("CUT")
-    monkeypatch.setattr(module, "plot_losses", lambda *_: None)
+    draw_no_curves(monkeypatch, "CUT")
     return module
 
 
@@ -493,7 +493,7 @@ def toy_step(train, monkeypatch, mirrored):
     for p in nets["H"].parameters():
         nn.init.normal_(p)
     for name in "GDH":
-        nets[f"optimizer_{name}"] = train.adam(args, nets[name])
+        nets[f"optimizer_{name}"] = run_module("CUT").adam(args, nets[name])
     terms, totals = (spy(monkeypatch, train, name) for name in ("patch_nce", "losses_G"))
     return train.training_step(nets, *batch(1, torch.float64), args), terms, totals
 

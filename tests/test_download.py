@@ -15,6 +15,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -409,7 +410,10 @@ def test_passing_trouble_is_retried(server, tmp_path):
 def test_ctrl_c_keeps_the_part(server, tmp_path):
     server.moods = ["stalls"]
     flags = ["facades", "--root", tmp_path, "--base-url", server.url]
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stderr=subprocess.PIPE, text=True)
+    # A test run started with & ignores Ctrl-C, and its children would inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, SCRIPT, *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     part, half = tmp_path / "facades.tar.gz.part", len(server.files[TAR]) // 2
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:

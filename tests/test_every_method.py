@@ -20,7 +20,16 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import METHODS, ROOT, load_script, write_pairs, write_unpaired
+from conftest import (
+    METHODS,
+    ROOT,
+    draw_no_curves,
+    load_script,
+    redirect,
+    run_module,
+    write_pairs,
+    write_unpaired,
+)
 
 # How a method's pictures are made, and the flags that make its networks small.
 NETS = ["--ngf", "4", "--ndf", "4"]
@@ -99,8 +108,8 @@ def method(request):
 @pytest.fixture
 def run(method, script, tmp_path, monkeypatch):
     module = script(method)
-    monkeypatch.setattr(module, "plot_losses", lambda *_: None)  # nine tenths of a small run
-    monkeypatch.setattr(module, "bf16_gain", lambda _: 2.0)  # whatever this machine's is
+    draw_no_curves(monkeypatch, method)
+    monkeypatch.setattr(run_module(method), "bf16_gain", lambda _: 2.0)  # whatever it is here
     return Run(method, module, tmp_path)
 
 
@@ -109,9 +118,8 @@ def straight(method, tmp_path_factory):
     """The traces of four epochs that nothing interrupts."""
     root, module = tmp_path_factory.mktemp(method), load_script(method)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ROOT", root)
-        patch.setattr(module, "HERE", root / method)
-        patch.setattr(module, "plot_losses", lambda *_: None)
+        redirect(patch, method, root)
+        draw_no_curves(patch, method)
         run = Run(method, module, root)
         assert run(*FOUR_EPOCHS) == 0
         traces = run.traces()
@@ -341,7 +349,7 @@ KILLER = """
 import io, json, os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch, train
-train.plot_losses = lambda *_: None
+sys.modules[train.append_losses.__module__].plot_losses = lambda *_: None
 flags, save, saves = json.loads(sys.argv[2]), torch.save, 0
 checkpoint = train.run_paths(train.parse_args(flags))[1]
 
@@ -544,7 +552,7 @@ def test_a_full_disk_leaves_the_last_losses(stopped):
     table = stopped.folder / "losses.csv"
     whole, rows = table.read_bytes(), stopped.rows()
     with FullDisk(len(whole)), pytest.raises(stopped.module.RunError, match="cannot write"):
-        stopped.module.write_rows(stopped.folder, rows * 2)
+        run_module(stopped.method).write_rows(stopped.folder, rows * 2)
     assert table.read_bytes() == whole
     assert not list(stopped.folder.glob("*.tmp"))
 
@@ -691,7 +699,7 @@ def test_commit_is_that_of_the_code(method):
     done = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    found = load_script(method).git_commit()
+    found = run_module(method).git_commit()
     assert (found or "").removesuffix("-dirty") == done.stdout.strip()
 
 
@@ -971,7 +979,7 @@ def test_networks_return_fp32_under_bf16(run, monkeypatch):
 
     def hooked(*args):
         nets = build(*args)
-        for _, net in run.module.networks(nets):
+        for _, net in run_module(run.method).networks(nets):
             net.register_forward_hook(note)
         return nets
 

@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import METHODS, ROOT, load_script, write_pairs, write_unpaired
+from conftest import (
+    METHODS,
+    ROOT,
+    draw_no_curves,
+    load_script,
+    run_module,
+    write_pairs,
+    write_unpaired,
+)
 from test_every_method import Run, assert_same, error_line
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -31,7 +39,7 @@ def method(request):
 def run(method, script, tmp_path, monkeypatch):
     """Small runs of the method, with seven pictures to train on."""
     module = script(method)
-    monkeypatch.setattr(module, "plot_losses", lambda *_: None)
+    draw_no_curves(monkeypatch, method)
     return Run(method, module, tmp_path, train=7 if method == "pix2pix" else (7, 5))
 
 
@@ -111,11 +119,13 @@ def test_the_cache_is_left_out_where_it_does_not_fit(method, tmp_path, monkeypat
 
 @pytest.mark.parametrize("gain, wanted", [(2.0, "bf16"), (1.0, "fp32"), (0.04, "fp32")])
 def test_auto_takes_bf16_where_it_is_faster(run, monkeypatch, gain, wanted):
-    monkeypatch.setattr(run.module, "bf16_gain", lambda _: gain)
-    flags = ["--precision", "auto", "--max-steps", "1", "--save-model"]
-    assert run(*flags) == 0
+    monkeypatch.setattr(run_module(run.method), "bf16_gain", lambda _: gain)
+    argv = run.argv("--max-steps", "1", "--save-model")
+    place = argv.index("--precision")
+    assert run.module.main(argv[:place] + argv[place + 2 :]) == 0  # auto is the default
     assert run.state()["args"]["precision"] == wanted
-    monkeypatch.setattr(run.module, "bf16_gain", lambda _: 3.0 - gain)  # now it is otherwise
+    # Now it is otherwise.
+    monkeypatch.setattr(run_module(run.method), "bf16_gain", lambda _: 3.0 - gain)
     resume = ["--run-name", "run", "--resume", "--precision", "auto", "--max-steps", "2"]
     assert run.module.main(resume) == 0
     assert run.state()["progress"]["step"] == 2
@@ -123,7 +133,7 @@ def test_auto_takes_bf16_where_it_is_faster(run, monkeypatch, gain, wanted):
 
 
 def test_slow_bf16_is_refused(run, monkeypatch, capsys):
-    monkeypatch.setattr(run.module, "bf16_gain", lambda _: 0.04)
+    monkeypatch.setattr(run_module(run.method), "bf16_gain", lambda _: 0.04)
     assert run("--precision", "bf16") == 2
     error = error_line(capsys)
     assert "--precision bf16" in error and "0.04 times as fast" in error and "fp32" in error
@@ -131,9 +141,9 @@ def test_slow_bf16_is_refused(run, monkeypatch, capsys):
 
 
 def test_a_run_begun_in_bf16_goes_on_where_bf16_is_slow(run, monkeypatch, capsys):
-    monkeypatch.setattr(run.module, "bf16_gain", lambda _: 3.0)
+    monkeypatch.setattr(run_module(run.method), "bf16_gain", lambda _: 3.0)
     assert run("--precision", "bf16", "--max-steps", "1", "--save-model") == 0
-    monkeypatch.setattr(run.module, "bf16_gain", lambda _: 0.04)
+    monkeypatch.setattr(run_module(run.method), "bf16_gain", lambda _: 0.04)
     for step, flags in enumerate(([], ["--precision", "auto"], ["--precision", "bf16"]), 2):
         resume = ["--run-name", "run", "--resume", *flags, "--max-steps", str(step)]
         assert run.module.main(resume) == 0
@@ -143,19 +153,26 @@ def test_a_run_begun_in_bf16_goes_on_where_bf16_is_slow(run, monkeypatch, capsys
 
 
 def test_the_probe_measures_and_leaves_no_trace(method):
-    bf16_gain, threads = load_script(method).bf16_gain, torch.get_num_threads()
+    bf16_gain, threads = run_module(method).bf16_gain, torch.get_num_threads()
     random = torch.get_rng_state()
     assert 0 < bf16_gain(torch.device("cpu")) < math.inf
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("capability, wanted", [((7, 5), "fp32"), ((8, 0), "bf16")])
-def test_auto_on_cuda_asks_for_ampere(method, monkeypatch, capability, wanted):
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_on_cuda_auto_is_fp32_and_bf16_asks_for_ampere(method, monkeypatch, capability):
     train = load_script(method)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    args = train.parse_args(["--precision", "auto"])
-    train.choose_precision(args, torch.device("cuda"))
-    assert args.precision == wanted
+    args = train.parse_args([])
+    run_module(method).choose_precision(args, torch.device("cuda"))
+    assert args.precision == "fp32"
+    args = train.parse_args(["--precision", "bf16"])
+    if capability >= (8, 0):
+        run_module(method).choose_precision(args, torch.device("cuda"))
+        assert args.precision == "bf16"
+    else:
+        with pytest.raises(train.RunError, match="bf16"):
+            run_module(method).choose_precision(args, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("method", ["cycleGAN", "CUT"])

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import load_script, write_pairs
+from conftest import draw_no_curves, load_script, write_pairs
 
 SMALL = ["--image-size", "32", "--load-size", "36", "--ngf", "4", "--ndf", "4", "--device", "cpu"]
+SMALL += ["--num-workers", "0", "--precision", "fp32"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def train(script, tmp_path, monkeypatch):
     """pix2pix/train.py, which writes its runs below tmp_path and draws no curves."""
     (tmp_path / "pix2pix").mkdir()
     module = script("pix2pix")
-    monkeypatch.setattr(module, "plot_losses", lambda *_: None)
+    draw_no_curves(monkeypatch, "pix2pix")
     return module
 
 

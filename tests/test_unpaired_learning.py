@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import picture
+from conftest import picture, run_module
 
 RED = np.array([1.0, 0.2, 0.2])  # y is what x looks like through a red glass
 
@@ -43,5 +43,5 @@ def test_a_short_run_comes_nearer_to_the_truth(script, tmp_path, method, name):
     identity = np.mean([(test_set.load(x) - test_set.load(y)).abs().mean() for x, y in pairs])
 
     assert train.main(argv) == 0
-    trained = train.read_rows(tmp_path / "visualize" / method / "red")[-1]
+    trained = run_module(method).read_rows(tmp_path / "visualize" / method / "red")[-1]
     assert float(trained[name]) < 0.6 * min(untrained[name], identity)
