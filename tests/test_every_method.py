@@ -208,8 +208,9 @@ def test_stopped_at_every_step_equals_never_stopped(run, straight):
     assert_same(run.traces(), straight)
 
 
-def test_batches_of_one_resume_in_the_middle_too(run):
-    flags = ["--epochs", "2", "--save-model", "--sample-every", "1"]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batches_of_one_resume_in_the_middle_too(run, precision):
+    flags = ["--epochs", "2", "--save-model", "--sample-every", "1", "--precision", precision]
     assert run(*flags) == 0
     wanted = run.traces()
     assert run(*flags, "--overwrite", "--max-steps", "8") == 0

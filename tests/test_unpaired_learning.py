@@ -31,6 +31,7 @@ def test_a_short_run_comes_nearer_to_the_truth(script, tmp_path, method, name):
         "--data-folder red --image-size 32 --load-size 36 --ngf 8 --ndf 8 --n-layers 1 --lr 1e-3"
     )
     flags += " --epochs 10 --sample-every 100 --num-workers 0 --run-name red --batch-size 2"
+    flags += " --precision fp32"
     flags += " --feat-str d128,d256,R256_1" if method == "CUT" else ""
     argv = [*flags.split(), "--data-root", str(write_filtered(tmp_path))]
 
