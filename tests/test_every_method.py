@@ -214,7 +214,7 @@ def test_batches_of_one_resume_in_the_middle_too(run, precision):
     assert run(*flags) == 0
     wanted = run.traces()
     assert run(*flags, "--overwrite", "--max-steps", "8") == 0
-    assert run("--resume") == 0
+    assert run("--resume", "--precision", precision) == 0
     assert_same(run.traces(), wanted)
 
 
