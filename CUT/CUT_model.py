@@ -13,28 +13,39 @@ from torch.nn.functional import conv2d, conv_transpose2d, cross_entropy, normali
 
 
 class BlurPool(nn.Module):
-    """Halves H and W, blurring first, against aliasing (Zhang 2019, https://arxiv.org/abs/1904.11486).
+    """Halves H and W after a blur of [1, 2, 1] / 4 each way, against aliasing (Zhang 2019,
+    https://arxiv.org/abs/1904.11486). (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)).
 
-    (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)). The filter is [1, 2, 1] / 4 each way.
+    The blurs compute in fp32 under bf16 autocast too: exact, and 2 to 3 times faster on CPUs.
     """
 
+    def __init__(self):
+        super().__init__()
+        filter = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("filter", torch.outer(filter, filter)[None, None], persistent=False)
+
     def forward(self, x):
-        filter = x.new_tensor([1.0, 2.0, 1.0]) / 4
-        filter = torch.outer(filter, filter).expand(x.shape[1], 1, 3, 3)
-        return conv2d(pad(x, (1, 1, 1, 1), mode="reflect"), filter, stride=2, groups=x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            filter = self.filter.expand(x.shape[1], 1, 3, 3)
+            padded = pad(x, (1, 1, 1, 1), mode="reflect").to(filter.dtype)
+            return conv2d(padded, filter, stride=2, groups=x.shape[1]).to(x.dtype)
 
 
 class BlurUpsample(nn.Module):
     """Doubles H and W: zeros in between, then a blur of [1, 3, 3, 1] / 4 each way (Zhang 2019).
+    (N, C, H, W) -> (N, C, 2 H, 2 W)."""
 
-    (N, C, H, W) -> (N, C, 2 H, 2 W).
-    """
+    def __init__(self):
+        super().__init__()
+        filter = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+        self.register_buffer("filter", torch.outer(filter, filter)[None, None], persistent=False)
 
     def forward(self, x):
-        filter = x.new_tensor([1.0, 3.0, 3.0, 1.0]) / 4
-        filter = torch.outer(filter, filter).expand(x.shape[1], 1, 4, 4)
-        x = pad(x, (1, 1, 1, 1), mode="replicate")
-        return conv_transpose2d(x, filter, stride=2, padding=3, groups=x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            filter = self.filter.expand(x.shape[1], 1, 4, 4)
+            padded = pad(x, (1, 1, 1, 1), mode="replicate").to(filter.dtype)
+            doubled = conv_transpose2d(padded, filter, stride=2, padding=3, groups=x.shape[1])
+            return doubled.to(x.dtype)
 
 
 class ReflectionPad(nn.ReflectionPad2d):
