@@ -1,230 +1,131 @@
-"""Pairs of pictures for pix2pix (Isola et al. 2017, https://arxiv.org/abs/1611.07004).
+"""Image pairs for pix2pix: datasets/<name>/{train,val,test}/*, each file two images side by side.
 
-One file holds a pair, side by side: ``datasets/<name>/{train,val,test}/*.jpg``. The left
-half is y, the target, the right half x, the generator's input; --swap-xy exchanges them.
-
-    python datasets/make_toy.py              # draws a set of such pairs
-    python datasets/download.py facades      # fetches the authors'
+The right half is x, the generator's input; the left half is y, its target. --swap-xy swaps them.
 """
 
-import difflib
-import os
-import shutil
+import io
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from PIL import Image, ImageCms
+from torchvision.transforms import v2
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from pix2pix_flags import UserError
+
+SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .ppm .pgm".split())
+UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF to Image.Transpose
+NOTED = set()
 
 
-class RunError(Exception):
-    """Ends a run. The message is one line: what was found, what was wanted, what to do."""
+def note(kind, message):
+    """Prints a warning about the data, one of each kind."""
+    if kind not in NOTED:
+        NOTED.add(kind)
+        print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def list_images(folder):
-    """The pictures directly inside `folder` (a Path), sorted by name; [] without folder."""
-    if not folder.is_dir():
-        return []
-    files = (f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
-    return sorted(f for f in files if f.is_file())
+    """The image files directly in `folder` (a Path), sorted by name. Notes what it skips."""
+    files = sorted(f for f in folder.iterdir() if f.name[0] != ".") if folder.is_dir() else []
+    images = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
+    if images and len(images) < len(files):
+        skipped = sorted(set(files) - set(images))
+        note(folder, f"skipped in {folder}: {len(skipped)}, such as {skipped[0].name}")
+    return images
 
 
 def load_rgb(path):
-    """Any picture as 8-bit RGB (PIL): 16 bits are scaled to 8, transparency is put on white.
+    """Any image as 8-bit RGB (PIL), upright, in sRGB. 16 bits are scaled, transparency is white.
 
-    Raises RunError, naming the file, where it cannot be read.
+    Metadata never prevents reading the pixels. UserError, naming the file, if they are unreadable.
     """
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)  # reads all: finds a cut-off file
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RunError(f"cannot read the image {path}: {error}; replace or remove it") from None
-    if image.mode == "F":
-        raise RunError(f"{path} has floating-point pixels; save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):  # 16-bit gray: 65535 is white
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        with Image.open(path) as image:
+            image.load()
+            if getattr(image, "n_frames", 1) > 1:
+                note("frames", f"{path}: only the first of its {image.n_frames} frames is read")
+            with suppress(Exception):  # no orientation, or an odd one: the image stays as it is
+                image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
+            profile = image.info.get("icc_profile") or b"sRGB"
+            if image.mode == "F":
+                raise ValueError("floating-point pixels; save it with 8 or 16 bits per channel")
+            if image.mode[0] == "I":  # 16 bits: 65535 is white
+                levels = np.asarray(image).astype(np.int64)
+                low, high = levels.min(), levels.max()
+                if low < 0 or high > 65535 or high < 8192:
+                    note("levels", f"{path} has levels {low} to {high}; rescale them to 0 to 65535")
+                levels[levels == image.info.get("transparency")] = 65535
+                image = Image.fromarray(((levels.clip(0, 65535) + 128) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
+            if b"sRGB" not in profile:
+                with suppress(Exception):  # a damaged profile: the levels count as sRGB
+                    source, srgb = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+                    image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+            return image.convert("RGB")
+    except Exception as error:  # a decoder may raise anything
+        raise UserError(f"cannot read {path}: {error}; replace or remove it") from None
 
 
-def missing_data(root, name, wanted):
-    """The RunError for a data folder that is not there, or not laid out as `wanted` says."""
-    folder = root / name
-    if folder.is_dir():
-        found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
-        made = "python datasets/make_toy.py makes sets to compare with"
-        return RunError(f"{folder} holds {found}; expected {wanted}; {made} (datasets/README.md)")
-    sets = [f.name for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
-    sets = sorted(name for name in sets if name[0] not in "._")
-    near = difflib.get_close_matches(name, sets, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return RunError(
-        f"no folder {folder}; {root} holds {', '.join(sets[:8]) or 'no data set'}; {hint}"
-        f"python datasets/make_toy.py makes toy sets, python datasets/download.py {name} fetches "
-        "the authors', --data-root names another place"
-    )
+def augmentation(args, training):
+    """PIL images to uint8 tensors (3, image_size, image_size). One call has one crop and one flip.
+
+    Without `training`: resized, cropped at the centre, never flipped.
+    """
+    jitter = training and args.jitter
+    size = args.load_size if jitter else args.image_size
+    resized = size if args.fit == "crop" else (size, size)  # one number: the short side
+    crop = v2.RandomCrop(args.image_size) if jitter else v2.CenterCrop(args.image_size)
+    flip = v2.RandomHorizontalFlip(0.5 if training and args.flip else 0.0)
+    resize = v2.Resize(resized, v2.InterpolationMode.BICUBIC)
+    return v2.Compose([resize, crop, flip, v2.PILToTensor()])
 
 
-def to_pixels(image):
-    """An RGB picture (PIL) as a tensor: (3, H, W), uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def to_unit(images):
+    """uint8 images as float in [-1, 1], on the device where they are."""
+    return images.float() / 127.5 - 1
 
 
-def to_unit(pixels):
-    """0 to 255 (uint8) as float in [-1, 1], on whatever device the pixels are."""
-    return pixels.float() / 127.5 - 1
+def epoch_batches(length, batch_size, seed, epoch, rank=0, world_size=1):
+    """One epoch as a list of batches of (epoch, index), in an order set by seed and epoch alone.
+
+    Each of world_size processes gets equally many; up to world_size - 1 images are left out.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(length).tolist()
+    keys = [(epoch, index) for index in order[: length - length % world_size]]
+    size = batch_size * world_size
+    return [keys[k : k + size][rank::world_size] for k in range(0, len(keys), size)]
 
 
-def to_tensor(image):
-    """An RGB picture (PIL) as a float tensor: (3, H, W) in [-1, 1]."""
-    return to_unit(to_pixels(image))
+class PairDataset(torch.utils.data.Dataset):
+    """dataset[epoch, index] -> (x, y), each (3, image_size, image_size), uint8, cropped alike.
 
-
-def draw_geometry(rng, load_size, image_size, flip):
-    """One crop and one flip: (left, top, mirrored); left, top in pixels."""
-    left, top = (int(v) for v in rng.integers(0, load_size - image_size + 1, size=2))
-    return left, top, bool(rng.random() < 0.5) and flip
-
-
-def resize(image, size):
-    """A picture (PIL) at size squared: (3, size, size), uint8."""
-    return to_pixels(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def apply_geometry(pixels, geometry, image_size):
-    """Crops image_size squared, mirrors. pixels, and what is returned: (3, H, W), uint8."""
-    left, top, mirrored = geometry
-    pixels = pixels[:, top : top + image_size, left : left + image_size]
-    return pixels.flip(2) if mirrored else pixels.contiguous()
-
-
-class PixelCache:
-    """Pictures as they are before the crop, each decoded once, in memory that all loading processes
-    share: cache(index, decode) is decode(), the first time, and then what that gave.
-
-    shape: of all of them, (number, ..., 3, load_size, load_size), one byte a value. wanted: True,
-    False, or None: where they take at most half of the free shared memory, for each process that
-    trains here. RunError where True is wanted and they do not fit.
+    What is random depends on seed, epoch and index alone, so any number of workers gives the same.
     """
 
-    def __init__(self, shape, wanted):
-        self.bytes = int(np.prod(shape))
-        self.pixels = None
-        if wanted or (wanted is None and self.bytes <= shared_memory() / 2):
-            try:
-                self.pixels = torch.empty(shape, dtype=torch.uint8).share_memory_()
-                self.known = torch.zeros(shape[0], dtype=torch.bool).share_memory_()
-            except RuntimeError as error:
-                self.pixels = None
-                if not wanted:
-                    return
-                reason = str(error).splitlines()[0]
-                size = f"--cache wants {self.bytes / 1e6:.0f} MB of shared memory"
-                raise RunError(f"{size}: {reason}; give --no-cache") from None
-
-    def __call__(self, index, decode):
-        if self.pixels is None:
-            return decode()
-        if not self.known[index]:
-            self.pixels[index] = decode()
-            self.known[index] = True
-        return self.pixels[index]
-
-    def __str__(self):
-        return "read anew" if self.pixels is None else f"kept in {self.bytes / 1e6:.0f} MB"
-
-
-def shared_memory():
-    """Free bytes of shared memory for each process that trains on this machine; 0: none known."""
-    if not os.path.isdir("/dev/shm"):
-        return 0
-    return shutil.disk_usage("/dev/shm").free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-class EpochBatches:
-    """A sampler of batches of (epoch, index), in an order that depends on seed and epoch alone.
-
-    start(epoch, batch) sets where the next pass begins: an interrupted epoch goes on at its next
-    step. Of `number` processes that train together each, `rank`, takes batch_size pictures of
-    number * batch_size. All take equally many, also of the last, short batch, so that the mean of
-    their gradients is the mean over pictures; up to number - 1 pictures an epoch are left out.
-    """
-
-    def __init__(self, length, batch_size, seed, rank=0, number=1):
-        self.length, self.batch_size, self.seed = length - length % number, batch_size, seed
-        self.rank, self.number, self.files = rank, number, length
-        self.start(1, 0)
-
-    def start(self, epoch, batch):
-        self.epoch, self.first_batch = epoch, batch
-
-    def __len__(self):
-        return -(-self.length // (self.batch_size * self.number))  # the last batch may be short
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.files).tolist()
-        order, size = order[: self.length], self.batch_size * self.number
-        for first in range(self.first_batch * size, self.length, size):
-            mine = order[first : first + size][self.rank :: self.number]
-            yield [(self.epoch, index) for index in mine]
-
-
-class PairDataset(Dataset):
-    """dataset[epoch, index] -> (x, y), each (3, image_size, image_size) in [-1, 1].
-
-    One crop and one flip serve both halves. They are drawn from (seed, epoch, index) alone, so that
-    any number of workers draws the same. load_size: pixels resized to before the crop; where it
-    equals image_size nothing is cropped. cache: whether PixelCache keeps them.
-    """
-
-    def __init__(
-        self, root, name, split, load_size, image_size, swap_xy, flip=False, seed=0, cache=False
-    ):
-        self.files = list_images(root / name / split)
-        if not self.files:
-            wanted = f"{split}/ with pictures of a pair each, y in the left half, x in the right"
-            raise missing_data(root, name, wanted)
-        self.load_size, self.image_size, self.flip = load_size, image_size, flip
-        self.swap_xy, self.seed = swap_xy, seed
-        self.cache = PixelCache((len(self.files), 2, 3, load_size, load_size), cache)
+    def __init__(self, args, split, training):
+        self.args, self.transform = args, augmentation(args, training)
+        self.files = list_images(Path(args.data_root) / args.data_folder / split)
 
     def __len__(self):
         return len(self.files)
 
-    def __str__(self):
-        return f"{len(self.files)} pairs"
-
-    def halves(self, index):
-        """Pair number `index` as two RGB pictures (PIL), x and y, at their own size."""
-        pair = load_rgb(self.files[index])
-        width, height = pair.size
-        if width % 2:
-            file = self.files[index]
-            raise RunError(f"{file} is {width} pixels wide; a pair has two halves of equal width")
-        left = pair.crop((0, 0, width // 2, height))
-        right = pair.crop((width // 2, 0, width, height))
-        return (left, right) if self.swap_xy else (right, left)
-
     def __getitem__(self, key):
-        return tuple(to_unit(pixels) for pixels in self.crops(key))
-
-    def __getitems__(self, keys):
-        """What a loader asks for: uint8, a quarter of the bytes; the device makes floats of it."""
-        return [self.crops(key) for key in keys]
-
-    def crops(self, key):
-        """x and y of dataset[epoch, index], each (3, image_size, image_size), uint8."""
         epoch, index = key
-        rng = np.random.default_rng([self.seed, epoch, index + 1])  # + 1: 0 would be the order's
-        geometry = draw_geometry(rng, self.load_size, self.image_size, self.flip)
-        x, y = self.cache(index, lambda: self.resized(index))
-        return tuple(apply_geometry(half, geometry, self.image_size) for half in (x, y))
-
-    def resized(self, index):
-        """Both halves of a pair before the crop: (2, 3, load_size, load_size), uint8."""
-        return torch.stack([resize(half, self.load_size) for half in self.halves(index)])
+        file, rng = self.files[index], np.random.default_rng([self.args.seed, epoch, index + 1])
+        pair = load_rgb(file)
+        width, height = pair.width // 2, pair.height
+        if pair.width % 2:
+            raise UserError(f"{file} is {pair.width} pixels wide; a pair has two equal halves")
+        if self.args.fit == "stretch" and not 3 / 4 <= width / height <= 4 / 3:
+            size = f"{file} is {pair.width}x{height}, so its halves are not square"
+            note("aspect", f"{size}: if they are a pair, --fit crop keeps the aspect")
+        y, x = pair.crop((0, 0, width, height)), pair.crop((width, 0, 2 * width, height))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))
+            return self.transform(y, x) if self.args.swap_xy else self.transform(x, y)
