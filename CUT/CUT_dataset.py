@@ -12,11 +12,13 @@ import torch
 from PIL import Image, ImageCms
 from torchvision.transforms import v2
 
-from CUT_flags import UserError
-
-SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .ppm .pgm".split())
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF to Image.Transpose
 NOTED = set()
+
+
+class UserError(Exception):
+    """A problem that the user can fix. One line: what was found, what was expected, what to do."""
 
 
 def note(kind, message):
@@ -111,7 +113,7 @@ def find_side(args, split, side):
 
 
 class UnpairedDataset(torch.utils.data.Dataset):
-    """dataset[epoch, index] -> (x, y), each (3, image_size, image_size), uint8; x and y don't match.
+    """dataset[epoch, index] -> (x, y), each (3, image_size, image_size), uint8, of no common scene.
 
     An epoch is the longer side; the shorter one is sampled. What is random depends on seed, epoch
     and index alone, so any number of workers gives the same images.

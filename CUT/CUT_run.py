@@ -1,13 +1,7 @@
-"""What a run of CUT needs whatever it learns: device and arithmetic, processes, signals,
-the log of losses, grids, losses.csv and checkpoints. The method itself is in train.py. In pix2pix,
-cycleGAN and CUT this file is the same but for its own name.
+"""What every run needs: device, processes, signals, losses, files, checkpoint. The method itself is
+in train.py, which enters this file between steps. The same in pix2pix, cycleGAN and CUT.
 """
 
-import argparse
-import contextlib
-import csv
-import datetime
-import hashlib
 import json
 import math
 import multiprocessing
@@ -16,494 +10,542 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from argparse import Namespace
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torchvision
 from matplotlib.figure import Figure
+from torch import distributed
+from torch.utils.data import DataLoader
+from torchvision.utils import save_image
+from tqdm import tqdm
 
-from CUT_dataset import EpochBatches, RunError
+from CUT_dataset import UserError, epoch_batches, to_unit
+from CUT_flags import parse_args
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-# Differs from pix2pix/pix2pix_run.py: its own name
-# Differs from cycleGAN/cycleGAN_run.py: its own name
-METHOD = "CUT"
+METHOD = HERE.name
+FREE = ["data_root", "output_root", "run_name", "epochs", "max_steps", "num_workers", "device"]
+FREE += ["sample_every", "save_model", "resume", "compile"]  # flags that a resumed run may change
 
-
-# --------------------------------------------------------------------------- device and arithmetic
+# ------------------------------------------------------------------------------ device, processes
 
 
 def pick_device(args):
-    """The torch device of --device, set up for --precision. RunError where it cannot be used."""
-    usable = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    usable.append("cpu")
-    kind, card = args.device, os.environ.get("LOCAL_RANK")  # torchrun numbers its processes
-    kind = usable[0] if kind == "auto" else kind
+    """The torch device of --device, set up for --precision. UserError if it cannot be used."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    name = (accelerator.type if accelerator else "cpu") if args.device == "auto" else args.device
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(f"cuda:{card}" if card and kind == "cuda" else kind)
-        if device.type not in usable:
-            raise RuntimeError(f"not to be had here, only {' and '.join(usable)}")
+        device = torch.device(name)
         torch.zeros(1, device=device)
-    except RuntimeError as error:
-        raise RunError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if args.precision == "tf32" and device.type != "cuda":
-        raise RunError(f"--precision tf32 is for CUDA devices, this is {device}: fp32 or bf16")
-    choose_precision(args, device)
-    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    except (RuntimeError, AssertionError) as error:
+        reason = f"{str(error).splitlines()[0]}; use auto, cpu, cuda, cuda:1 or mps"
+        raise UserError(f"--device {args.device}: {reason}") from None
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "bf16" and not native:
+        raise UserError("--precision bf16 is slower than fp32 on this device; use tf32 or fp32")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True
     return device
 
 
-def choose_precision(args, device):
-    """Settles --precision auto. RunError where bf16 is asked for and much slower than fp32.
-
-    A resumed run keeps what it began with, however slow that is here: it says so and goes on.
-    """
-    if args.precision in ("auto", "bf16"):
-        gain = bf16_gain(device)
-        if args.precision == "auto":  # on other devices neither gain nor quality was measured
-            args.precision = "bf16" if gain > 1.2 and device.type == "cpu" else "fp32"
-        elif gain < 0.5:
-            slow = f"on this {device.type} device bf16 is {gain:.2g} times as fast as fp32"
-            if not args.resume:
-                raise RunError(f"--precision bf16: {slow}; give --precision fp32 or auto")
-            print(f"warning: {slow}; the run began in bf16 and goes on in it", file=sys.stderr)
-
-
-def bf16_gain(device):
-    """How many times as fast as in fp32 a convolution is in bf16, forward and backward."""
-    if device.type == "cuda":  # from Ampere on there are units for it; before, it is emulated
-        return 2.0 if torch.cuda.get_device_capability(device) >= (8, 0) else 0.1
-    if device.type == "mps":  # not measured
-        return 1.0
-    times = {torch.float32: [], torch.bfloat16: []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would wait for each other on a machine that is busy
-    for dtype in [*times] * 10:
-        x, weight = torch.ones(1, 128, 32, 32), torch.ones(128, 128, 3, 3)
-        x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
-        started = time.perf_counter()
-        torch.nn.functional.conv2d(x, weight).sum().backward()
-        times[dtype].append(time.perf_counter() - started)
-    torch.set_num_threads(threads)
-    return min(times[torch.float32]) / min(times[torch.bfloat16])
-
-
-def prepare(net, args, device):
-    """Moves a network to the device; its forward pass then obeys --precision and --compile."""
-    net = net.to(device)
-    # Weights and gradients, and with them the losses outside, stay in fp32.
-    use_bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    net.forward = use_bf16(net.forward)
-    if args.compile:
-        net.compile()
-    return net
-
-
-def adam(args, *nets):
-    """One Adam for all of nets, as the three papers set it; one fused kernel where there is one."""
-    weights = [p for net in nets for p in net.parameters()]
-    fused = weights[0].device.type in ("cpu", "cuda")
-    return torch.optim.Adam(weights, args.lr, betas=(0.5, 0.999), fused=fused)
-
-
-def random_states(device):
-    """The states of torch's generators, by device type."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def set_random_states(states, device):
-    """Puts back what random_states gave."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
-
-
-# ------------------------------------------------------------------------------- several processes
+def random_states(device, states=None):
+    """The states of the random generators in use; first sets them to `states` if given."""
+    modules = {device.type: torch.get_device_module(device)} if device.type != "cpu" else {}
+    modules["cpu"] = torch
+    for kind in modules.keys() & (states or {}).keys():
+        modules[kind].set_rng_state(states[kind])
+    return {kind: module.get_rng_state() for kind, module in modules.items()}
 
 
 def ranks():
-    """This process's number among those that torchrun has started, and how many they are: (0, 1)
-    alone. Each trains on its own pictures; number 0 alone writes and prints."""
-    group = torch.distributed
-    return (group.get_rank(), group.get_world_size()) if group.is_initialized() else (0, 1)
+    """(rank, world_size): this process's number among those of torchrun; (0, 1) for one alone."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def join_ranks(args, device):
-    """Joins the processes of torchrun, where it has started more than this one."""
-    if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        if args.device not in ("auto", "cpu", "cuda") or device.type == "mps":
-            raise RunError(f"--device {args.device}: several processes want cuda or cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    """Joins the processes that torchrun started, if it started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {args.device}: several processes need cpu or cuda")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Long: the others wait while number 0 makes the grids. That one has ended is seen at once.
-        wait = datetime.timedelta(days=1)
-        torch.distributed.init_process_group(backend, timeout=wait)
-        args.precision = gather(args.precision)[0]  # auto: number 0's, though they timed it each
-
-
-def check_ranks(args, nets, train_set):
-    """RunError, in every process, where they have not the same flags, pictures and weights."""
-    if ranks()[1] == 1:
-        return
-    if len(train_set) < ranks()[1]:
-        raise RunError(f"{ranks()[1]} processes for {len(train_set)} pictures: start fewer")
-    files = ["/".join(file.parts[-3:]) for file in train_set.files]
-    own = {"given", "data_root", "device", "num_workers", "cache", "compile"}
-    flags = {name: value for name, value in vars(args).items() if name not in own}
-    sums = [p.double().sum().item() for _, net in networks(nets) for p in net.parameters()]
-    facts = {"flags": flags, "pictures": files, "weights": sums, "torch": torch.__version__}
-    facts = {n: hashlib.sha256(repr(value).encode()).hexdigest() for n, value in facts.items()}
-    for rank, other in enumerate(gather(facts)):
-        differ = [name for name in facts if facts[name] != other[name]]
-        if differ:
-            ours = f"processes {ranks()[0]} and {rank} have different {', '.join(differ)}"
-            raise RunError(f"{ours}; give all machines the same command, code and data")
-
-
-def collective(function, *args):
-    """A call of torch.distributed. RunError where another process has ended meanwhile."""
-    try:
-        return function(*args)
-    except RuntimeError:
-        lost = f"process {ranks()[0]} has lost the others"
-        raise RunError(f"{lost}: one has ended, it says why itself") from None
+        # A day: the others wait while rank 0 samples. A process that has died is noticed at once.
+        distributed.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def gather(value):
-    """The value, of any kind, that each process gives: a list, in all of them."""
+    """The values of all processes, as a list. Plain Python and CPU tensors, not GPU tensors."""
     values = [value] * ranks()[1]
     if len(values) > 1:
-        collective(torch.distributed.all_gather_object, values, value)
+        distributed.all_gather_object(values, value)
     return values
 
 
 def average_gradients(parameters):
-    """Replaces each gradient by its mean over all processes; alone it does nothing."""
+    """Replaces each gradient by its mean over all processes."""
     if ranks()[1] > 1:
-        gradients = [p.grad for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        collective(torch.distributed.all_reduce, flat)
-        means = (flat / ranks()[1]).split([gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        distributed.all_reduce(flat)
+        means = (flat / ranks()[1]).split([p.numel() for p in parameters])
+        for p, mean in zip(parameters, means, strict=True):
+            p.grad.copy_(mean.view_as(p))
 
 
-# ------------------------------------------------------------------------ signals, loading, losses
+# ------------------------------------------------------------------------------------------ files
 
 
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into `caught`, read between steps; a second one ends at once."""
-
-    def __enter__(self):
-        self.caught = None
-        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def catch(self, signum, _frame):
-        if self.caught:
-            raise SystemExit(128 + signum)
-        self.caught = signum
-        print("\nstopping soon; a second time stops at once", file=sys.stderr)
-
-    def agree(self):
-        """Has every process catch what one of them has caught: all stop after the same step."""
-        if ranks()[1] > 1:
-            caught = torch.tensor(self.caught or 0)
-            collective(torch.distributed.all_reduce, caught, torch.distributed.ReduceOp.MAX)
-            self.caught = int(caught) or None
-        return self.caught
-
-
-def ignore_signals(_worker):
-    """A signal to the whole group must not end the loading processes before the last step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def end_loading():
-    """Ends the loading processes, which ignore_signals has made deaf to the usual way."""
-    signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
-def build_loader(args, train_set, device):
-    """Batches of train_set, in an order and with draws that the number of workers leaves alone."""
-    return torch.utils.data.DataLoader(
-        train_set,
-        batch_sampler=EpochBatches(len(train_set), args.batch_size, args.seed, *ranks()),
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # else it would draw from the generator that training uses
-    )
-
-
-def total_last(named):
-    """Sorts (name, value) such that a term comes before the sum that it spoils."""
-    return named[0].endswith("total")
-
-
-class LossLog:
-    """Losses stay on the device and are read many steps at once, so that no step waits for them.
-
-    Of several processes each has its own; the progress bar and losses.csv show number 0's.
-    """
-
-    def __init__(self, progress):
-        self.progress, self.pending, self.names, self.smooth = progress, [], [], {}
-        self.last_read = time.monotonic()
-
-    def add(self, losses):
-        self.names = list(losses)
-        self.pending.append(torch.stack([value.detach() for value in losses.values()]))
-
-    def read(self):
-        """Adds the pending losses to progress["sums"]. RunError at the first that is not finite."""
-        rows = torch.stack(self.pending).tolist()
-        for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
-            named = list(zip(self.names, row, strict=True))
-            for name, value in sorted(named, key=total_last):
-                if not math.isfinite(value):
-                    where = f"step {step}, epoch {self.progress['epoch']}"
-                    advice = "try a lower --lr or --precision fp32, and look for odd pictures"
-                    kept = "a checkpoint from before is kept"
-                    raise RunError(f"{name} is {value} at {where}; {kept}; {advice}")
-            for name, value in named:
-                self.progress["sums"][name] = self.progress["sums"].get(name, 0.0) + value
-                self.smooth[name] = 0.95 * self.smooth.get(name, value) + 0.05 * value
-        self.pending, self.last_read = [], time.monotonic()
-
-
-# ---------------------------------------------------------------------------------- files of a run
-
-
-def run_paths(args):
-    """The folder of a run's grids, and its checkpoint."""
-    model = HERE / "model" / args.run_name
-    return ROOT / "visualize" / METHOD / args.run_name, model / "checkpoint.pt"
-
-
-def open_run(args, folder, checkpoint, progress, device):
-    """Makes the run's folders and args.json. RunError where another run's files would be lost."""
-    old = [*folder.glob("val/[xy]*[0-9].png"), *folder.glob("losses.*"), *folder.glob("args.json")]
-    old += [checkpoint] if checkpoint.exists() else []
-    if old and not (args.resume or args.overwrite):
-        options = "--run-name NAME starts another, --overwrite deletes it"
-        if checkpoint.exists():
-            options = f"--resume goes on with it, {options}"
-        raise RunError(f"there is a run of this name already ({old[0]}): {options}")
-    for file in old if args.overwrite else []:
-        file.unlink()
-    (folder / "val").mkdir(parents=True, exist_ok=True)
-    if args.save_model:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    if args.resume:  # epochs that came after the checkpoint are done again
-        write_rows(folder, [r for r in read_rows(folder) if int(r["epoch"]) < progress["epoch"]])
-    facts = {"torch": torch.__version__, "device_used": str(device), "commit": git_commit()}
-    (folder / "args.json").write_text(json.dumps({**vars(args), **facts}, indent=2) + "\n")
-
-
-def git_commit():
-    """The commit of this code, with "-dirty" where files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+@contextmanager
+def replacing(path):
+    """A binary file that takes path's place once it is complete. Until then path stays as it is."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        return subprocess.check_output(command, cwd=HERE, stderr=subprocess.DEVNULL, text=True)[:-1]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def announce(args, nets, train_set, test_set, folder, device):
-    """Says what will run, in numbers."""
-    number = ranks()[1]
-    steps = len(EpochBatches(len(train_set), args.batch_size, args.seed, 0, number))
-    pictures = f"{number} x {args.batch_size}" if number > 1 else args.batch_size
-    size = f"cropped from {args.load_size} to" if args.jitter else "resized to"
-    kept = "" if args.save_model else "; without --save-model only grids and losses are kept"
-    sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in networks(nets)}
-    print(
-        f"{METHOD} on {args.data_folder}: {train_set} to train on ({train_set.cache}), {test_set} "
-        f"to test with, {size} {args.image_size} px; {args.epochs} epochs of {steps} steps of "
-        f"{pictures} on {device} in {args.precision}; "
-        f"{', '.join(f'{n} {size / 1e6:.2f} M' for n, size in sizes.items())} "
-        f"parameters; grids go to {folder}{kept}",
-        flush=True,
-    )
-
-
-def networks(nets):
-    """The (name, network) pairs among nets, which holds optimizers too."""
-    return [(name, part) for name, part in nets.items() if isinstance(part, torch.nn.Module)]
-
-
-def save_grid(images, path):
-    """Writes pictures, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
-    torchvision.utils.save_image((torch.cat(images) + 1) / 2, path, nrow=len(images))
-
-
-@contextlib.contextmanager
-def replacing(path, mode):
-    """A file that takes path's place once it is whole. RunError where that fails; path is safe."""
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, mode) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the latter of a full disk
-        aside.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise RunError(f"cannot write {path}: {reason}; what was there before is whole") from None
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        with suppress(OSError):
+            aside.unlink()
 
 
-def read_rows(folder):
-    """The rows of losses.csv: a dict of strings each."""
-    if not (folder / "losses.csv").exists():
-        return []
-    with open(folder / "losses.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not all((row.get("epoch") or "").isdigit() for row in rows):
-        raise RunError(f"{folder / 'losses.csv'} has a row without an epoch; mend or remove it")
-    return rows
+def save_grid(images, path):
+    """Writes images, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
+    with replacing(path) as file:
+        save_image((torch.cat(images) + 1) / 2, file, format="png", nrow=len(images))
 
 
-def write_rows(folder, rows):
-    """Writes losses.csv anew."""
+def write_losses(rows, folder):
+    """Writes losses.csv, one row per epoch, and plots its columns in losses.png."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(folder / "losses.csv", "w") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def append_losses(folder, progress, rate, measured):
-    """Adds an epoch's row, means over its steps and what was measured then, to losses.csv."""
-    seconds = max(progress["seconds"], 1e-9)
-    row = {"epoch": progress["epoch"], "seconds": f"{seconds:.2f}"}
-    row.update(images_per_second=f"{progress['images'] / seconds:.2f}", learning_rate=rate)
-    row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
-    rows = [*read_rows(folder), {**row, **measured}]
-    write_rows(folder, rows)
-    if measured:
-        plot_losses(rows, folder / "losses.png")
-        values = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        print(f"epoch {progress['epoch']}: {values}", flush=True)
-
-
-def plot_losses(rows, path):
-    """Draws every column of losses.csv after the learning rate, four plots a line."""
-    names = list(dict.fromkeys(name for row in rows for name in row))[4:]
-    lines = math.ceil(len(names) / 4)
-    figure = Figure(figsize=(14, 3 * lines), layout="constrained")
-    places = list(figure.subplots(lines, 4, squeeze=False).flat)
-    for unused in places[len(names) :]:
-        unused.remove()
-    for axes, name in zip(places, names, strict=False):
-        points = [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    with replacing(folder / "losses.csv") as file:
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    names, height = names[4:], -(-len(names[4:]) // 4)  # four panels side by side
+    figure = Figure(figsize=(14, 3 * height), layout="constrained")
+    for index, name in enumerate(names):
+        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        axes = figure.add_subplot(height, 4, index + 1, title=name, xlabel="epoch")
         axes.plot(*zip(*points, strict=True), ".-", markersize=3)
-        axes.set_title(name)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    figure.savefig(path)
+    with replacing(folder / "losses.png") as file:
+        figure.savefig(file, format="png")
 
 
-def save_checkpoint(path, args, nets, progress, device):
-    """Writes the whole run into one file. RunError where that fails or a weight is not finite.
+def git_commit():
+    """The commit of this code, with "-dirty" if files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(command, cwd=HERE, stderr=subprocess.DEVNULL, text=True)[:-1]
 
-    Processes that train together have the same weights, but each its own random states and image
-    buffers. Those of the others are in the list state["others"]; all call this, number 0 writes.
-    """
-    state = {name: part.state_dict() for name, part in nets.items()}
-    own = {name: state[name] for name in state if name.startswith("buffer")}
-    own, *others = gather({**own, "random": random_states(device)})
-    if ranks()[0] > 0:
-        return
-    state.update(own, method=METHOD, args=vars(args), progress=progress, others=others)
-    if not all(p.isfinite().all() for _, net in networks(nets) for p in net.parameters()):
-        step = progress["step"]
-        raise RunError(f"a weight is not finite after step {step}; {path} stays as it was")
-    with replacing(path, "wb") as file:
-        torch.save(state, file)
+
+def checkpoint_path(args):
+    """Where the checkpoint of a run is."""
+    return Path(args.output_root) / METHOD / "model" / args.run_name / "checkpoint.pt"
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict. RunError where there is none, or a damaged one, or another method's."""
-    if not path.exists():
-        raise RunError(f"no checkpoint {path}; --save-model writes one, --run-name says which")
+    """The dict that Run.save wrote, checked. UserError if the file is damaged or something else."""
+    hint = "train.py --save-model writes checkpoints, convert.py makes them of the authors' weights"
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}; {hint}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        parts = [state[part] for part in ("args", "progress", "random", "method")]
-    except Exception as error:  # a damaged file may raise nearly anything
-        kind = type(error).__name__
-        raise RunError(f"{path} is damaged ({kind}); --overwrite starts anew") from None
-    if parts[-1] != METHOD:
-        raise RunError(f"{path} is a checkpoint of {parts[-1]}, not of {METHOD}")
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # compares checksums, which torch.load does not
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file may raise anything
+        kind = "contains Python objects" if "weights_only" in str(error) else "is no checkpoint"
+        raise UserError(f"{path} {kind}, or is damaged; {hint}") from None
+    if damaged:
+        raise UserError(f"{path} is damaged: a checksum is wrong")
+    if not (isinstance(state, dict) and isinstance(state.get("args"), dict)):
+        raise UserError(f"{path} contains weights, but is not a checkpoint; {hint}")
+    if state.get("method") != METHOD:
+        raise UserError(f"{path} is a checkpoint of {state.get('method')}, not of {METHOD}")
+    known = vars(parse_args([]))  # the flags are parsed again, which checks their types and ranges
+    words = {
+        n.replace("_", "-"): v for n, v in state["args"].items() if n in known and v is not None
+    }
+    words = [f"--{n}={v}" for n, v in words.items() if n != "typed" and not isinstance(v, bool)]
+    parse_args(words, prog=f"{path}: flags of the checkpoint")
     return state
 
 
-def load_checkpoint(path, nets, progress, device):
-    """Puts everything that save_checkpoint wrote back in its place."""
-    state, (rank, number) = read_checkpoint(path), ranks()
-    was, now = state["progress"]["files"], progress["files"]
-    if was != now:
-        raise RunError(f"the training set has changed: {was} pictures at the checkpoint, {now} now")
-    others = state.get("others", [])
-    if len(others) + 1 != number:
-        was = len(others) + 1
-        raise RunError(f"{path} is of a run of {was} processes, not {number}: start as many")
-    state.update(others[rank - 1] if rank else {})
+def load_part(part, state, path):
+    """Loads a network, optimizer or buffer. UserError if `state` does not fit or is not finite."""
     try:
-        for name, part in nets.items():
-            part.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path} does not fit ({reason}); --overwrite starts anew") from None
-    progress.update(state["progress"])
-    set_random_states(state["random"], device)
+        part.load_state_dict(state)
+        tensors = list(state.values()) if isinstance(part, torch.nn.Module) else []
+        for weight, moments in getattr(part, "state", {}).items():  # of an optimizer
+            tensors += [moments["step"], moments["exp_avg"], moments["exp_avg_sq"]]
+            if any(tensor.shape != weight.shape for tensor in tensors[-2:]):
+                raise ValueError("the optimizer has moments of another shape")
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError("its weights are not finite")
+    except Exception as error:  # damaged input may raise anything
+        reason = str(error).strip().splitlines()[-1].strip() or type(error).__name__
+        raise UserError(f"{path} does not fit: {reason}") from None
 
 
 def adopt_flags(args):
-    """A resumed run's flags: the checkpoint's. RunError where the user typed one otherwise."""
-    free = "data_root epochs num_workers cache sample_every save_model resume device compile"
-    free += " max_steps"
-    saved = read_checkpoint(run_paths(args)[1])["args"]
-    typed = {name: getattr(args, name) for name in args.given}
-    if args.precision == "auto":  # it was settled then
-        typed.pop("precision", None)
-    fixed = [name for name in typed if name in saved and name not in free.split()]
-    differ = [name for name in fixed if typed[name] != saved[name]]
-    if differ:
-        each = (f"--{n.replace('_', '-')} is {typed[n]}, was {saved[n]}" for n in differ)
-        raise RunError(f"the checkpoint has other flags: {'; '.join(each)}; leave them out")
-    anew = {"max_steps": None, "overwrite": False, "given": args.given}
-    return argparse.Namespace(**{**vars(args), **saved, **anew, **typed})
+    """The flags of a resumed run: the checkpoint's, but for those typed now that may change."""
+    path, typed = checkpoint_path(args), {name: getattr(args, name) for name in args.typed}
+    if not path.exists() and args.save_model:
+        return args  # stopped before its first checkpoint, it starts from the beginning
+    if not path.exists():
+        runs = sorted(p.parent.name for p in path.parents[1].glob("*/checkpoint.pt"))
+        raise UserError(f"no checkpoint {path}; --run-name can be: {', '.join(runs) or 'none yet'}")
+    saved = read_checkpoint(path)["args"]
+    for name in typed.keys() & saved.keys() - {*FREE}:
+        if typed[name] != saved[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {typed[name]}: the run has {saved[name]}; leave {flag} out")
+    if typed.get("epochs", 0) > saved["epochs"]:
+        print(f"--epochs {args.epochs}, not {saved['epochs']}: the learning rate rises again")
+    saved = {**saved, "overwrite": False, "max_steps": None}
+    return Namespace(**{**vars(args), **saved, **typed, "run_name": args.run_name})
 
 
-def say_how_it_ended(args, progress):
-    """The last line of a run: whether it is complete and, if not, how to go on."""
-    if progress["epoch"] > args.epochs:
-        print(f"done: {args.epochs} epochs, {progress['step']} steps")
-    elif args.save_model:
-        number = ranks()[1]
-        start = f"torchrun --nproc-per-node {number}" if number > 1 else "python"
+# -------------------------------------------------------------------------------------------- run
+
+
+def ignore_signals(_worker):
+    """Has a loading process outlive a signal to the whole group, until the run has been saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Run:
+    """A run from start to end: its files, lock, signals, losses and checkpoint.
+
+    progress: the epoch (from 1); its batches, images, seconds and loss sums so far; steps in all;
+    the rows of losses.csv; the names of the training images. intact: whether the networks are
+    between two steps, so that they can be saved.
+    """
+
+    def __init__(self, args, nets, train_set, device):
+        self.args, self.nets, self.train_set, self.device = args, nets, train_set, device
+        (self.rank, self.world_size), self.checkpoint = ranks(), checkpoint_path(args)
+        self.folder = Path(args.output_root) / "visualize" / METHOD / args.run_name
+        names = ["/".join(file.parts[-2:]) for file in train_set.files]
+        self.progress = {"epoch": 1, "batch": 0, "step": 0, "images": 0, "seconds": 0.0, "sums": {}}
+        self.progress.update(rows=[], files=names)
+        self.networks = {n: net for n, net in nets.items() if isinstance(net, torch.nn.Module)}
+        self.epoch_images = len(train_set) - len(train_set) % self.world_size
+        self.epoch_steps = -(-self.epoch_images // (args.batch_size * self.world_size))
+        self.caught, self.intact, self.pending, self.handlers = None, True, [], {}
+        self.order = []  # the epoch's batches; filled in place, since the loader holds this list
+        workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+        # A generator of its own keeps the loader from using numbers of the training's.
+        workers.update(worker_init_fn=ignore_signals, generator=torch.Generator())
+        pinned = device.type == "cuda"
+        self.loader = DataLoader(train_set, batch_sampler=self.order, pin_memory=pinned, **workers)
+
+    def __enter__(self):
+        """Opens the run's files and resumes. From here on a signal stops the run between steps."""
+        if self.rank == 0:
+            self.open()
+        if self.args.resume and self.checkpoint.exists():
+            self.load()
+        elif self.args.init_from:
+            state = read_checkpoint(Path(self.args.init_from))
+            for name in self.networks.keys() & state.keys():
+                load_part(self.nets[name], state[name], self.args.init_from)
+        facts = {n: v for n, v in vars(self.args).items() if n not in (*FREE, "typed")}
+        facts.update(images=[(f.name, f.stat().st_size) for f in self.train_set.files])
+        for rank, other in enumerate(gather(facts)):
+            differ = ", ".join(name for name in facts if facts[name] != other.get(name))
+            if differ:
+                raise UserError(f"processes {self.rank} and {rank} have different {differ}")
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                self.handlers[number] = signal.signal(number, self.catch)
+        self.saved = self.last_read = time.monotonic()
+        return self
+
+    def __exit__(self, kind, error, _trace):
+        """After an error between two steps, saves what it would lose."""
+        wanted = self.args.save_model and self.progress["step"] and self.world_size == 1
+        if wanted and self.intact and isinstance(error, Exception):
+            with suppress(UserError):
+                self.save()
+                print(f"saved after step {self.progress['step']}", file=sys.stderr)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def catch(self, number, _frame):
+        """Notes a signal; a second one exits at once. Prints nothing: the streams may be gone."""
+        if self.caught:
+            raise SystemExit(128 + number)
+        self.caught = number
+
+    def open(self):
+        """Makes and locks the run's folders and writes args.json, unless another run is there."""
+        args, folder, trial = self.args, self.folder, self.checkpoint.with_name("trial")
+        (folder / "val").mkdir(parents=True, exist_ok=True)
+        with suppress(ImportError):  # Windows has no fcntl: there, two processes can share a run
+            import fcntl
+
+            self.lock = open(folder / ".lock", "w")  # noqa: SIM115 (locked until the process ends)
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"run {args.run_name} is in progress in another process") from None
+        old = [*folder.glob("val/[xy]*[0-9].png"), *folder.glob("losses.*"), folder / "args.json"]
+        old = [file for file in (*old, self.checkpoint) if file.exists()]
+        if old and not (args.resume or args.overwrite):
+            options = "--overwrite deletes it, another --run-name keeps it"
+            options = f"--resume continues it, {options}" if self.checkpoint in old else options
+            raise UserError(f"run {args.run_name} exists in {folder}: {options}")
+        facts = {"torch": torch.__version__, "commit": git_commit()}
+        facts = {"method": METHOD, **vars(args), "device_used": str(self.device), **facts}
+        for path in [trial, folder / "args.json"] if args.save_model else [folder / "args.json"]:
+            with replacing(path) as file:  # before anything is deleted
+                file.write(json.dumps(facts, indent=2).encode() + b"\n")
+        for file in [
+            trial,
+            *self.checkpoint.parent.glob(".*.tmp"),
+            *(old if args.overwrite else []),
+        ]:
+            if file.name != "args.json":
+                file.unlink(missing_ok=True)
+
+    def announce(self, test_set):
+        """Says what will run. Loads some images first, which notes what is odd about them."""
+        args, device = self.args, self.device
+        if self.rank == 0:
+            for index in range(min(8, len(self.train_set))):
+                self.train_set[1, index]
+            sizes = {
+                n: sum(p.numel() for p in net.parameters()) for n, net in self.networks.items()
+            }
+            print(f"{METHOD} on {args.data_folder}: {self.train_set}, tested with {test_set}")
+            print(
+                f"{args.epochs} epochs of {self.epoch_steps} steps of batch {args.batch_size} at "
+                f"{args.image_size} px on {device} in {args.precision}; millions of weights: "
+                f"{', '.join(f'{name} {size / 1e6:.2f}' for name, size in sizes.items())}"
+            )
+            if not args.save_model:
+                print("the networks are not kept: --save-model keeps them")
+
+    def unfinished(self):
+        """Whether there is a step left before the last epoch, --max-steps or a signal."""
+        progress, last = self.progress, self.args.max_steps or math.inf
+        return progress["epoch"] <= self.args.epochs and progress["step"] < last and not self.caught
+
+    def batches(self):
+        """Yields what is left of the epoch, on the device and in [-1, 1], and counts it.
+
+        The caller passes each step's losses to log. Ends early at --max-steps or for a signal.
+        """
+        args, progress = self.args, self.progress
+        started = time.monotonic() - progress["seconds"]
+        shape = (len(self.train_set), args.batch_size, args.seed, progress["epoch"], *ranks())
+        self.order[:] = epoch_batches(*shape)[progress["batch"] :]
+        done = (progress["epoch"] - 1) * self.epoch_images + progress["images"]
+        bar = {"total": args.epochs * self.epoch_images, "initial": done, "unit": "img"}
+        with tqdm(
+            desc=f"epoch {progress['epoch']}/{args.epochs}", **bar, disable=self.rank > 0
+        ) as bar:
+            for batch in self.loader:
+                self.intact = False  # until the step is complete
+                pinned = self.loader.pin_memory
+                yield [to_unit(images.to(self.device, non_blocking=pinned)) for images in batch]
+                self.intact = True
+                images = len(batch[0]) * self.world_size
+                for name, count in (("step", 1), ("batch", 1), ("images", images)):
+                    progress[name] += count
+                progress["seconds"] = time.monotonic() - started
+                self.caught = max(gather(self.caught or 0)) or None
+                if time.monotonic() - self.last_read > 0.5:
+                    self.read_losses()
+                    means = {n: v / progress["batch"] for n, v in progress["sums"].items()}
+                    bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
+                bar.update(images)
+                if not self.unfinished():
+                    break
+        self.read_losses()
+
+    def log(self, losses):
+        """Keeps a step's losses on the device until read_losses: no step waits for them."""
+        self.names = list(losses)
+        self.pending.append(torch.stack([loss.detach() for loss in losses.values()]))
+
+    def read_losses(self):
+        """Adds the steps' losses to the epoch's sums. UserError at the first that is not finite."""
+        rows, sums = (
+            torch.stack(self.pending).tolist() if self.pending else [],
+            self.progress["sums"],
+        )
+        for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
+            named = dict(zip(self.names, row, strict=True))
+            bad = [name for name, value in named.items() if not math.isfinite(value)]
+            if bad:
+                self.intact = False
+                name = min(bad, key=lambda name: "total" in name)  # a term, before its total
+                kept = f"{self.checkpoint} is kept; " if self.checkpoint.exists() else ""
+                advice = "try a lower --lr or --precision fp32, and look for odd images"
+                raise UserError(f"{name} is {named[name]} at step {step}; {kept}{advice}")
+            sums.update({name: sums.get(name, 0.0) + value for name, value in named.items()})
+        self.pending, self.last_read = [], time.monotonic()
+
+    def end_epoch(self, rate, sample):
+        """Samples, logs and saves where that is due.
+
+        rate: the epoch's learning rate. sample(folder, epoch) writes grids and returns measures.
+        """
+        args, progress, epoch = self.args, self.progress, self.progress["epoch"]
+        complete, limit = progress["batch"] == self.epoch_steps, progress["step"] == args.max_steps
+        due = limit or (complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs))
+        speed = progress["images"] / max(progress["seconds"], 1e-9)
+        row = {"epoch": epoch, "seconds": round(progress["seconds"], 2)}
+        row.update(images_per_second=round(speed, 2), learning_rate=rate)
+        row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
+        measures, rows = {}, [*progress["rows"], row]
+        if self.rank == 0 and (due or complete):
+            try:
+                measures = sample(self.folder / "val", epoch) if due else {}
+                row.update(measures)
+                write_losses(rows, self.folder)
+            except (UserError, OSError) as error:  # the training matters more than its images
+                print(f"warning: {error}", file=sys.stderr)
+        if complete:
+            progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={}, rows=rows)
+        late = complete and time.monotonic() - self.saved > 600
+        self.caught, late = map(max, zip(*gather((self.caught or 0, late)), strict=True))
+        if args.save_model and (due or self.caught or late):
+            self.save()
+        if measures:
+            values = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+            print(f"epoch {epoch}: {values}", flush=True)
+
+    def save(self):
+        """Writes the checkpoint: all of rank 0, the random states and buffers of the others."""
+        self.read_losses()
+        state = {name: part.state_dict() for name, part in self.nets.items()}
+        own = {name: state[name] for name in state if name.startswith("buffer")}
+        own, *others = gather({**own, "random": random_states(self.device)})
+        if self.rank == 0:
+            if not all(p.isfinite().all() for n in self.networks.values() for p in n.parameters()):
+                raise UserError(
+                    f"a weight is not finite at step {self.progress['step']}; not saved"
+                )
+            state.update(own, others=others, method=METHOD, args=vars(self.args))
+            with replacing(self.checkpoint) as file:
+                torch.save({**state, "progress": self.progress}, file)
+        self.saved = time.monotonic()
+
+    def load(self):
+        """Restores what save wrote."""
+        path, state, names = (
+            self.checkpoint,
+            read_checkpoint(self.checkpoint),
+            self.progress["files"],
+        )
+        own = [{}, *state.get("others", ())]
+        if len(own) != self.world_size:
+            raise UserError(
+                f"{path} is of {len(own)} processes: torchrun --nproc-per-node {len(own)}"
+            )
+        state.update(own[self.rank])
+        for name, part in self.nets.items():
+            load_part(part, state.get(name), path)
+        try:
+            for name, value in self.progress.items():
+                if type(state["progress"][name]) is not type(value):
+                    raise ValueError(f"progress has no {name}")
+            random_states(self.device, state["random"])
+        except Exception as error:  # damaged input may raise anything
+            raise UserError(f"{path} does not fit: {error}") from None
+        self.progress.update(state["progress"])
+        if self.progress["files"] != names:
+            print("the training images have changed: the interrupted epoch starts again")
+            self.progress.update(files=names, batch=0, images=0, seconds=0.0, sums={})
+
+    def say_how_it_ended(self):
+        """Where things are, and the next command."""
+        args, step = self.args, self.progress["step"]
+        start = f"torchrun --nproc-per-node {self.world_size}" if self.world_size > 1 else "python"
         again = f"{start} {METHOD}/train.py --run-name {args.run_name} --resume"
-        print(f"stopped after step {progress['step']}; to go on: {again}")
-    else:
-        print(f"stopped after step {progress['step']}; without --save-model nothing is kept")
+        if self.rank == 0 and self.progress["epoch"] <= args.epochs:
+            again = (
+                f"to continue: {again}" if args.save_model else "without --save-model it is lost"
+            )
+            print(f"stopped after step {step}; {again}")
+        elif self.rank == 0:
+            print(f"done: {args.epochs} epochs, {step} steps; grids: {self.folder / 'val'}")
+            use = f"python {METHOD}/translate.py --checkpoint {self.checkpoint}"
+            print(f"use it: {use} --input IMAGES --output results" if args.save_model else "")
+            print("compare runs: python visualize/gallery.py")
+
+
+# --------------------------------------------------------------------------------------- messages
+
+
+class Quiet:
+    """Standard output or error, but silent once it is closed or full: no message ends a run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        with suppress(AttributeError):
+            self.stream.reconfigure(errors="replace")  # for terminals that are not UTF-8
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def explain(error):
+    """An error in one line, with a way out; None for a bug, which deserves its traceback."""
+    text = str(error).strip() or type(error).__name__
+    if any(words in text.lower() for words in ("bus error", "shared memory", "/dev/shm")):
+        return "shared memory is full: use --num-workers 0, or docker run --shm-size 2g"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text.lower():
+        return "out of memory: use a smaller --batch-size, --image-size or --ngf"
+    if "DataLoader worker" in text and not isinstance(error, UserError):
+        return f"a loading process ended: {text.splitlines()[0]}; --num-workers 0 needs none"
+    if isinstance(error, UserError | OSError) or distributed.is_initialized():
+        return text.splitlines()[-1].split("UserError: ")[-1]  # a loading process adds a traceback
+    return None
+
+
+def run_command(train, argv):
+    """Parses the command line and trains. Returns the exit status; an error is said in one line."""
+    sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
+    args = parse_args(argv)
+    try:
+        caught = train(adopt_flags(args) if args.resume else args)
+        return 128 + caught if caught else 0
+    except KeyboardInterrupt:  # before the first step
+        return 130
+    except Exception as error:
+        if explain(error) is None:
+            raise
+        print(f"train.py: error: {explain(error)}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)
+        for process in multiprocessing.active_children():  # they ignore what usually ends them
+            process.kill()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

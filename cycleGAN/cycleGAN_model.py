@@ -1,21 +1,19 @@
-"""The networks of CycleGAN (Zhu et al. 2017, https://arxiv.org/abs/1703.10593), named as in its
-appendix, the buffer of generated pictures, and what --pix-loss compares pictures through.
+"""The networks of CycleGAN (Zhu et al. 2017, https://arxiv.org/abs/1703.10593) in the names of its
+appendix, the image buffer, and the blur and pooling of --pix-loss.
 
     python cycleGAN/train.py --data-folder facades_unpaired      # trains them
-    python -m pytest tests/test_cycleGAN_model.py                # against the authors' numbers
+    python -m pytest tests/test_models.py                        # compares with the authors' code
 """
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, pad
+from torch.nn.functional import avg_pool2d, conv2d, pad
 from torchvision.transforms.functional import gaussian_blur
 
 
 class BlurPool(nn.Module):
     """Halves H and W after a blur of [1, 2, 1] / 4 each way, against aliasing (Zhang 2019,
     https://arxiv.org/abs/1904.11486). (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)).
-
-    The blurs compute in fp32 under bf16 autocast too: exact, and 2 to 3 times faster on CPUs.
     """
 
     def __init__(self):
@@ -24,32 +22,16 @@ class BlurPool(nn.Module):
         self.register_buffer("filter", torch.outer(filter, filter)[None, None], persistent=False)
 
     def forward(self, x):
+        # Under bf16 autocast the blur stays in fp32: exact, and 2 to 3 times faster on CPUs.
         with torch.autocast(x.device.type, enabled=False):
             filter = self.filter.expand(x.shape[1], 1, 3, 3)
-            padded = pad(x, (1, 1, 1, 1), mode="reflect").to(filter.dtype)
-            return conv2d(padded, filter, stride=2, groups=x.shape[1]).to(x.dtype)
-
-
-class BlurUpsample(nn.Module):
-    """Doubles H and W: zeros in between, then a blur of [1, 3, 3, 1] / 4 each way (Zhang 2019).
-    (N, C, H, W) -> (N, C, 2 H, 2 W)."""
-
-    def __init__(self):
-        super().__init__()
-        filter = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
-        self.register_buffer("filter", torch.outer(filter, filter)[None, None], persistent=False)
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            filter = self.filter.expand(x.shape[1], 1, 4, 4)
-            padded = pad(x, (1, 1, 1, 1), mode="replicate").to(filter.dtype)
-            doubled = conv_transpose2d(padded, filter, stride=2, padding=3, groups=x.shape[1])
-            return doubled.to(x.dtype)
+            x_padded = pad(x, (1, 1, 1, 1), mode="reflect").to(filter.dtype)
+            return conv2d(x_padded, filter, stride=2, groups=x.shape[1]).to(x.dtype)
 
 
 class ReflectionPad(nn.ReflectionPad2d):
-    """Pads by mirroring, in the dtype at hand: autocast on CPUs would have it in fp32, and keep
-    that copy for the backward pass."""
+    """Reflection padding in the dtype of x. Autocast on CPUs would convert it to fp32 and keep that
+    copy for the backward pass."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -57,7 +39,7 @@ class ReflectionPad(nn.ReflectionPad2d):
 
 
 def norm_relu(channels):
-    """Instance norm, without scale and shift, and ReLU. It makes a bias before it pointless."""
+    """Instance norm without scale and shift, then ReLU. A bias before the norm would cancel out."""
     return [nn.InstanceNorm2d(channels), nn.ReLU()]
 
 
@@ -78,7 +60,7 @@ class ResnetBlock(nn.Module):
 
 
 def down(channels, antialias):
-    """d: a 3x3 convolution from channels to twice as many, at half the size."""
+    """d: a 3x3 convolution to twice as many channels at half the resolution."""
     if antialias:
         layers = [nn.Conv2d(channels, 2 * channels, 3, 1, 1, bias=False)]
         return nn.Sequential(*layers, *norm_relu(2 * channels), BlurPool())
@@ -88,10 +70,12 @@ def down(channels, antialias):
 
 
 def up(channels, antialias):
-    """u: a 3x3 convolution from channels to half as many, at twice the size."""
+    """u: a 3x3 convolution to half as many channels at twice the resolution."""
     half = channels // 2
     if antialias:
-        layers = [BlurUpsample(), nn.Conv2d(channels, half, 3, 1, 1, bias=False)]
+        # Zhang 2019: zeros in between, then a blur of [1, 3, 3, 1] / 4: bilinear upsampling.
+        layers = [nn.Upsample(scale_factor=2, mode="bilinear")]
+        layers += [nn.Conv2d(channels, half, 3, 1, 1, bias=False)]
     else:
         layers = [nn.ConvTranspose2d(channels, half, 3, 2, 1, output_padding=1, bias=False)]
     return nn.Sequential(*layers, *norm_relu(half))
@@ -100,7 +84,7 @@ def up(channels, antialias):
 class ResnetGenerator(nn.Module):
     """G: X -> Y: c7s1-64, d128, d256, n_layers times R256, u128, u64, c7s1-3.
 
-    The layers keep the paper's names, which give the widths at ngf = 64, at any ngf.
+    The paper's names give the widths for ngf = 64; the layers keep them for any ngf.
     """
 
     def __init__(self, n_layers=9, ngf=64, antialias=False):
@@ -123,7 +107,7 @@ class ResnetGenerator(nn.Module):
         return torch.tanh(x.float())  # (N, 3, H, W)
 
 
-# Differs from pix2pix/pix2pix_model.py: it sees one picture, not a pair; instance norm; antialias
+# Differs from pix2pix/pix2pix_model.py: it sees one image, not a pair; instance norm
 class PatchDiscriminator(nn.Module):
     """D: X -> a number for each 70x70 patch, 1 for real. C64-C128-C256-C512, then 1 channel."""
 
@@ -144,39 +128,39 @@ class PatchDiscriminator(nn.Module):
 
 
 class ImageBuffer:
-    """The last `size` generated pictures, for D to learn from (section 4; Shrivastava et al. 2017).
+    """The last `size` generated images, for D to learn from (section 4; Shrivastava et al. 2017).
 
-    buffer(images): for each picture, with probability 1/2, one from the buffer, whose place it
-    takes; otherwise the picture itself. (N, 3, H, W) -> (N, 3, H, W). Until it is full it takes in
-    every picture and gives it back; of size 0 it gives back all.
+    buffer(images): (N, 3, H, W) -> (N, 3, H, W). Each image is returned itself or, with probability
+    1/2, exchanged for a random one from the buffer. Until the buffer is full it stores all images
+    and returns them; with size 0 it only returns them.
     """
 
     def __init__(self, size):
         self.size, self.images = size, []
 
     def __call__(self, images):
-        given = []
+        returned = []
         for image in images.detach():
             if len(self.images) < self.size:
                 self.images.append(image.clone())
             elif self.size and torch.rand(()) < 0.5:
                 place = int(torch.randint(self.size, ()))
                 image, self.images[place] = self.images[place].to(image), image.clone()
-            given.append(image)
-        return torch.stack(given)
+            returned.append(image)
+        return torch.stack(returned)
 
     def state_dict(self):
-        return {"images": [image.clone() for image in self.images]}
+        return {"images": [image.cpu() for image in self.images]}
 
     def load_state_dict(self, state):
         self.images = list(state["images"])
 
 
 class DownSampler(nn.Module):
-    """What --pix-loss looks through: a blur (--pix-blur), then an average pool (--pix-pool).
+    """What --pix-loss compares: images after a blur (--pix-blur) and average pooling (--pix-pool).
 
-    (N, 3, H, W) -> (N, 3, H // pool, W // pool). The blur pads by reflection and is a 7x7 Gaussian
-    with a standard deviation of 3 pixels. Without blur and with pool 1 nothing changes.
+    (N, 3, H, W) -> (N, 3, H // pool, W // pool). The blur is a 7x7 Gaussian with a standard
+    deviation of 3 pixels, padded by reflection. Without blur and with pool 1 nothing changes.
     """
 
     def __init__(self, blur=False, pool=1):

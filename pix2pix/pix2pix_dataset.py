@@ -13,11 +13,13 @@ import torch
 from PIL import Image, ImageCms
 from torchvision.transforms import v2
 
-from pix2pix_flags import UserError
-
-SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .ppm .pgm".split())
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF to Image.Transpose
 NOTED = set()
+
+
+class UserError(Exception):
+    """A problem that the user can fix. One line: what was found, what was expected, what to do."""
 
 
 def note(kind, message):

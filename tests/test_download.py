@@ -178,8 +178,7 @@ def test_unpaired_twin_has_its_own_name(server, tmp_path, monkeypatch):
     )
     run(server, tmp_path, name="facades_unpaired")
     check_set(
-        tmp_path,
-        {"facades_unpaired/trainA/1.jpg": b"x", "facades_unpaired/trainB/1.jpg": b"y"},
+        tmp_path, {"facades_unpaired/trainA/1.jpg": b"x", "facades_unpaired/trainB/1.jpg": b"y"}
     )
 
 

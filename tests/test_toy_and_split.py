@@ -365,12 +365,7 @@ def two_tones(mode, left, right):
         ("a.png", two_tones("RGBA", (9, 9, 9, 0), (9, 8, 7, 255)), (255,) * 3, (9, 8, 7)),
         ("a.png", two_tones("LA", (0, 0), (0, 255)), (255,) * 3, (0,) * 3),
         ("a.webp", two_tones("RGB", (255, 0, 0), (0, 0, 0)), (255, 0, 0), (0,) * 3),
-        (
-            "a.png",
-            two_tones("RGB", (250, 0, 0), (0, 90, 0)).quantize(8),
-            (250, 0, 0),
-            (0, 90, 0),
-        ),
+        ("a.png", two_tones("RGB", (250, 0, 0), (0, 90, 0)).quantize(8), (250, 0, 0), (0, 90, 0)),
     ],
     ids=lambda v: v if isinstance(v, str) else getattr(v, "mode", None),
 )
