@@ -308,6 +308,9 @@ setTimeout(() => {
   say(".epoch");
   setTimeout(() => {
     say(".epoch");
+    texts.push(all(".play")[0].ariaLabel);
+    const curves = all("section:last-child .own").map(each => each.getAttribute("d"));
+    texts.push(curves.map(line => line.replace(/[^ML]/g, "")).join(" | "));
     say("mark");
     all(".enlarge")[1].click();
     say("dialog[open] #what");
@@ -329,7 +332,7 @@ setTimeout(() => {
 def test_the_page_in_a_browser(root, tmp_path):
     write_run(root, "cycleGAN/left", time=3000, n_layers=6)
     losses = write_run(root, "cycleGAN/right", epochs=(1, 10)) / "losses.csv"
-    losses.write_text("epoch,__proto__,constructor,a\n1,1,nan,2\n2,2\n")
+    losses.write_text("epoch,__proto__,constructor,a\n1,1,1,2\n2,2,nan,3\n3,3,4,5\n")
     os.utime(losses, (1000, 1000))
     (root / "pix2pix/odd/val").mkdir(parents=True)
     os.utime(root / "pix2pix/odd/val", (1, 1))
@@ -344,8 +347,10 @@ def test_the_page_in_a_browser(root, tmp_path):
         "epoch 1 (1 of 3) | epoch 1 (1 of 2)",
         "epoch 11 (2 of 3) | epoch 10 (2 of 2)",  # playing; the other side shows the nearest
         "epoch 12 (3 of 3) | epoch 10 (2 of 2)",
+        "play left epochs",
+        "MLL | MM | MLL",  # a gap where a loss is not finite
         "6 | 9",  # the flags that differ
-        "cycleGAN/left, epoch 12: generated y, 8 images, 146 \u00d7 20 px, \u00d7 8",
+        "cycleGAN/left, epoch 12: generated y, 8 images, 146 \u00d7 20 px at 8\u00d7",
         "",
         "1 of 3 runs | cycleGAN/left | cycleGAN/left",
         "0 of 3 runs | cycleGAN/left | cycleGAN/left",
