@@ -1,49 +1,46 @@
-"""Download one of the authors' image sets and unpack it beside this file.
+"""Download one of the authors' datasets and unpack it next to this file.
 
-The sets of pix2pix (https://arxiv.org/abs/1611.07004), CycleGAN (https://arxiv.org/abs/1703.10593)
-and CUT (https://arxiv.org/abs/2007.15651), from the address where their authors keep them.
+The datasets of pix2pix (https://arxiv.org/abs/1611.07004), CycleGAN (https://arxiv.org/abs/1703.10593)
+and CUT (https://arxiv.org/abs/2007.15651), from their authors' server.
 
     python datasets/download.py --list
     python datasets/download.py facades
 
-What came of a broken download is kept in a .part file, and the same command goes on from there.
-A set appears under its name only when it is whole.
+A broken download is kept in a .part file, and the same command resumes it. A dataset appears under
+its name only when it is complete.
 """
 
 import argparse
 import difflib
 import gzip
 import hashlib
-import json
 import re
-import shutil
-import stat
-import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from http.client import HTTPException
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+# torchvision's download_url cannot resume, has no timeout and checks no sha256; hence this script.
 BASE_URL = "http://efrosgans.eecs.berkeley.edu"
 CHUNK = 1 << 18  # bytes read at a time
-TIMEOUT = 30  # seconds of silence that break an attempt off
-RETRIES = 5  # attempts in a row that come no further than one before
-RETRY_DELAY = 2.0  # seconds before the first of them, doubled for each further one
-PASSING_STATUS = {408, 429, 500, 502, 503, 504}  # worth another attempt; 404 and its like are not
+TIMEOUT = 30  # seconds without data after which an attempt ends
+RETRY_DELAYS = (2, 4, 8, 16, 32)  # seconds
+TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses worth a retry
+EXPANSION = 10  # an archive may unpack to this many times its size: images hardly compress
+RESUME = "run the same command again to resume"
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 LAYOUTS = {  # the folders that must hold images, and who reads them
     "paired": (["train"], "pix2pix"),
     "unpaired": (["trainA", "trainB"], "cycleGAN and CUT"),
     "photos": (["*"], "translate.py"),
 }
-
-# Numbers of training images are the authors'.
-DATASETS = {
+DATASETS = {  # numbers of training images, as the authors give them
     "facades": ("paired", "400 facades and their label maps (CMP)"),
     "maps": ("paired", "1,096 aerial photos and maps"),
     "edges2shoes": ("paired", "50k shoes and their edges (UT Zappos50K)"),
@@ -65,8 +62,8 @@ DATASETS = {
     "ae_photos": ("photos", "photos to apply a model to, none to train on"),
 }
 
-# As TensorFlow Datasets recorded them for the same archives at their former address (its
-# url_checksums/cycle_gan.txt). cityscapes is left out: its archive seems to be another one by now.
+# From TensorFlow Datasets (url_checksums/cycle_gan.txt), for the same archives at their former
+# address. cityscapes is left out: its archive seems to have changed since.
 SHA256 = {
     "apple2orange": "845a191e9af8926408ea597001cd03a452e3300a1f44a79fe329b3d59f6e3eb8",
     "summer2winter_yosemite": "167fe1726807a9d22bd106b4a6c0bd7953b688af924ac1bf967439c4961e49f9",
@@ -81,256 +78,171 @@ SHA256 = {
 }
 
 
-class ArchiveError(Exception):
-    """What came is no archive of an image set, or one that must not be unpacked."""
-
-
-def fail(message):
-    """End with one line on standard error and exit status 2."""
-    print("download.py: error:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def address(name):
-    """Where the set's archive lies below the base address."""
-    if DATASETS[name][0] == "paired":
-        return f"pix2pix/datasets/{name}.tar.gz"
-    return f"cyclegan/datasets/{name.removesuffix('_unpaired')}.zip"
-
-
-def note_of(part):
-    """The small file beside part that says where its bytes came from and of which version."""
-    return part.with_name(part.name + ".json")
-
-
-def discard(part):
-    part.unlink(missing_ok=True)
-    note_of(part).unlink(missing_ok=True)
-
-
-def begin_anew(part):
-    discard(part)
-    raise ConnectionError("the server's file is not the one that was begun; beginning anew")
-
-
-def resumable(url, part):
-    """(bytes that part already holds, their version), or (0, None) where they cannot be trusted."""
-    try:
-        note, have = json.loads(note_of(part).read_text()), part.stat().st_size
-        if note["url"] == url and note["version"] and have:
-            return have, note["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return 0, None
-
-
-def kept(url, part):
-    if resumable(url, part)[0]:
-        return f"what came is kept in {part}: the same command goes on from there"
-    return "nothing is kept that a further run could go on from"
-
-
-def version_of(headers):
-    """What If-Range takes: a strong ETag, else the date; None where the server gives neither."""
-    etag = headers.get("ETag", "")
-    return etag if etag.startswith('"') else headers.get("Last-Modified")
+class UserError(Exception):
+    """A problem that the user can fix. One line: what was found, what was expected, what to do."""
 
 
 def fetch(url, part):
-    """One attempt to bring url into part, going on from the bytes that are there.
+    """One attempt to download url to part, from the byte where part ends. OSError, HTTPException.
 
-    Raises: URLError, HTTPException, ConnectionError, TimeoutError where the network failed.
+    If the server's file has changed in between, the archive's checksums tell.
     """
-    have, version = resumable(url, part)
-    headers = {"User-Agent": "download.py"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": version}
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "download.py"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code != 416:
-            raise
-        if error.headers.get("Content-Range") != f"bytes */{have}":
-            begin_anew(part)
-        return  # nothing follows the bytes that are there: they are the whole file
+        if error.code == 416:  # nothing follows the bytes of part, so it is whole
+            return
+        raise
     with response:
-        if response.status == 206:
-            fits = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            if not fits or version_of(response.headers) not in (None, version):
-                begin_anew(part)
-        else:
-            have = 0  # the whole file: the server ignores Range, or If-Range showed it a change
+        have = have if response.status == 206 else 0  # 200: the whole file, from its first byte
         size = None if response.length is None else have + response.length
-        with part.open("ab" if have else "wb") as file:
-            if not have:  # the old bytes are gone by now, so the new note cannot describe them
-                note = {"url": url, "version": version_of(response.headers)}
-                note_of(part).write_text(json.dumps(note))
-            with tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-                while chunk := read(response):
-                    bar.update(file.write(chunk))
+        with (
+            part.open("ab" if have else "wb") as file,
+            tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while chunk := response.read1(CHUNK):
+                bar.update(file.write(chunk))
     if size is not None and part.stat().st_size != size:
         raise ConnectionError(f"broke off at {part.stat().st_size:,} of {size:,} bytes")
 
 
-def read(response):
-    """The next bytes. What breaks on the wire is a ConnectionError, to tell it from a full disk."""
-    try:
-        return response.read1(CHUNK)  # read would drop what it waits with when the wire breaks
-    except (OSError, HTTPException) as error:
-        raise ConnectionError(f"broke off: {error}") from error
-
-
 def download(url, part):
-    """Bring url into part, in as many attempts as it takes while they come further."""
-    furthest, tries = 0, 0
-    while True:
+    """Download url to part, with retries after broken connections. UserError if it cannot be."""
+    for delay in (*RETRY_DELAYS, None):
         try:
             return fetch(url, part)
         except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
-            reason = error.reason if type(error) is URLError else error
-            reason = str(reason) or type(error).__name__
-            if isinstance(error, HTTPError) and error.code not in PASSING_STATUS:
-                fail(f"{url}: {reason}; if the set has moved, give its place with --base-url")
-        size = part.stat().st_size if part.exists() else 0
-        furthest, tries = max(size, furthest), 1 if size > furthest else tries + 1
-        if tries > RETRIES:
-            fail(f"{url}: {reason}; gave up after {RETRIES} retries; {kept(url, part)}")
-        delay = RETRY_DELAY * 2 ** (tries - 1)
-        print(f"{reason}; retry {tries} of {RETRIES} in {delay:g} s", flush=True)
+            if isinstance(error, HTTPError) and error.code not in TRANSIENT:
+                raise UserError(f"{url}: {error}; if it has moved, use --base-url") from error
+            if delay is None:
+                raise UserError(f"{url}: {error}; {RESUME}") from error
+            print(f"{error}; retry in {delay} s", flush=True)
         time.sleep(delay)
 
 
 def verify(part, expected):
-    """Print the archive's size and sha256; end where it is not the expected one (None: any)."""
+    """Print the archive's size and sha256. UserError if it is not the expected one (None: any)."""
     with part.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    print(f"{part.stat().st_size:,} bytes, sha256 {found}{' as known' * (found == expected)}")
+    print(f"{part.stat().st_size:,} bytes, sha256 {found}{' as expected' * (found == expected)}")
     if expected not in (None, found):
-        discard(part)
-        fail(f"sha256 is {found}, expected {expected}: damaged or another version, and removed; "
-             f"run again, or take this one with --sha256 {found}")  # fmt: skip
+        part.unlink()
+        wrong = f"sha256 is {found}, expected {expected}; the file was removed"
+        raise UserError(f"{wrong}: run again, or accept this version with --sha256 {found}")
 
 
-def check_member(name, plain):
-    """Refuse an archive's member that could reach outside; plain: it is a file or a folder."""
-    path = PureWindowsPath(name)  # splits at / and \ alike, and knows drives
-    if path.anchor or ".." in path.parts:
-        raise ArchiveError(f"{name!r} points outside the folder")
-    if not plain:
-        raise ArchiveError(f"{name!r} is a link or a device, where only images belong")
+def unpack(archive, folder):
+    """Unpack a .zip.part or .tar.gz.part. Python's zipfile and filter="data" keep it in `folder`.
 
-
-def unpack(archive, into):
-    """Unpack a .zip.part or .tar.gz.part into a folder; nothing of it may reach outside."""
-    if ".zip" in archive.suffixes:
-        with zipfile.ZipFile(archive) as file:
-            for member in tqdm(file.infolist(), desc="unpacking", unit=" files", disable=None):
-                kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the packer was no Unix
-                check_member(member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
-                file.extract(member, into)
-        return
-    with tarfile.open(archive, "r:gz") as file:
-        for member in tqdm(file, desc="unpacking", unit=" files", disable=None):
-            # A hard link to another member is as good as a file. A symbolic link is refused even
-            # when it points inside: without one, every path leads where its text says.
-            check_member(member.name, member.isfile() or member.isdir() or member.islnk())
-            check_member(member.linkname, True)
-            file.extract(member, into, filter="data")
-        while file.fileobj.read(CHUNK):  # on to the end, where gzip's checksum stands
+    UserError if it holds a link or a device, or unpacks to more than EXPANSION times its size.
+    """
+    left = EXPANSION * archive.stat().st_size + 2**20  # bytes
+    with zipfile.ZipFile(archive) if ".zip" in archive.suffixes else tarfile.open(archive) as file:
+        is_zip = isinstance(file, zipfile.ZipFile)
+        for member in tqdm(file.infolist() if is_zip else file, "unpacking", disable=None):
+            left -= member.file_size if is_zip else member.size
+            if left < 0:
+                raise UserError(f"it unpacks to more than {EXPANSION} times its size")
+            if is_zip:
+                file.extract(member, folder)
+            elif member.isfile() or member.isdir() or member.islnk():
+                file.extract(member, folder, filter="data")
+            else:
+                raise UserError(f"{member.name} is a link or a device; expected images")
+        while not is_zip and file.fileobj.read(CHUNK):  # to the end, where gzip's checksum is
             pass
 
 
-def find_set(folder, layout):
-    """The folder itself or the one inside it, whatever its name, that holds the layout's images."""
+def find_dataset(folder, layout):
+    """The folder itself, or the one inside it, that holds the layout's images."""
     inside = sorted(folder.iterdir())
     for place in [folder, *inside]:
         splits = [place.glob(f"{part}/*") for part in LAYOUTS[layout][0]]
         if all(any(file.suffix.lower() in IMAGES for file in split) for split in splits):
             return place
-    found = ", ".join(path.name for path in inside[:9]) or "nothing"
-    raise ArchiveError(f"expected images in {' and '.join(LAYOUTS[layout][0])}, found {found}")
+    found = [path.name for path in inside[:9]]
+    raise UserError(f"expected images in {' and '.join(LAYOUTS[layout][0])}, found {found}")
 
 
 def install(part, layout, target):
-    """Unpack part aside and move the set to target; what was there goes once the new one is whole.
+    """Unpack part aside and move the dataset to target; an old one goes when the new one is whole.
 
-    Raises: OSError where the disk is full or may not be written; part is then kept.
+    Raises: OSError if the disk is full or not writable; part is then kept.
     """
-    aside, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)  # a killed run may have left one
-    try:
-        aside.mkdir()
-        unpack(part, aside)
-        new = find_set(aside, layout)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        new.rename(target)
-    except Exception as error:  # a damaged or hostile archive raises nearly anything
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-            raise
-        discard(part)
-        fail(f"unusable archive: {error}; it was removed, and {target} was not touched")
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    discard(part)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as aside:
+        new, old = Path(aside, "new"), Path(aside, "old")
+        try:
+            new.mkdir()
+            unpack(part, new)
+            found = find_dataset(new, layout)
+        except Exception as error:  # a damaged or hostile archive raises nearly anything
+            if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+                raise
+            part.unlink()
+            raise UserError(f"unusable archive: {error}; it was removed") from error
+        try:
+            if target.exists():
+                target.rename(old)
+            found.rename(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+    part.unlink()
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error as one line of printable characters."""
+
+    def error(self, message):
+        text = "".join(c if c.isprintable() else " " for c in str(message))
+        self.exit(2, f"download.py: error: {' '.join(text.split())}\n")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        "download.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = fail  # one line, without the usage above it
-    here = Path(__file__).resolve().parent
-    parser.add_argument("name", nargs="?", help="the set, as --list names it")
-    parser.add_argument("--list", action="store_true", help="name the sets and end")
-    parser.add_argument("--root", type=Path, default=here, help="folder for the set [this file's]")
-    parser.add_argument("--overwrite", action="store_true", help="replace a set that is there")
-    parser.add_argument("--base-url", default=BASE_URL, help="another address [%(default)s]")
-    parser.add_argument("--sha256", help="what the archive must have [the known one, where any]")
+    parser = Parser("download.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    flag, here = parser.add_argument, Path(__file__).resolve().parent
+    flag("name", nargs="?", help="the dataset, as in --list")
+    flag("--list", action="store_true", help="list the datasets")
+    flag("--root", type=Path, default=here, help="folder for the dataset [datasets/]")
+    flag("--overwrite", action="store_true", help="replace an existing dataset [stop]")
+    flag("--base-url", default=BASE_URL, help="another server [%(default)s]")
+    flag("--sha256", help="checksum to expect [the known one, if any]")
     args = parser.parse_args(argv)
-    if args.list:
-        return args
-    if args.name is None:
-        fail("expected the name of a set, found none; --list shows them")
-    if args.name not in DATASETS:
-        nearest = difflib.get_close_matches(args.name, DATASETS, n=1, cutoff=0)[0]
-        fail(f"unknown set {args.name!r}, did you mean {nearest}? --list shows them all")
+    if not args.list and args.name not in DATASETS:
+        near = difflib.get_close_matches(args.name or "", DATASETS, n=1, cutoff=0)
+        parser.error(f"unknown dataset {args.name!r}; did you mean {near[0]}? --list shows all")
     if not args.base_url.startswith(("http://", "https://")):
-        fail(f"--base-url: expected http://... or https://..., found {args.base_url!r}")
+        parser.error(f"--base-url: expected http://... or https://..., found {args.base_url!r}")
     if args.sha256 and not re.fullmatch("[0-9a-f]{64}", args.sha256):
-        fail(f"--sha256: expected 64 digits of 0-9a-f, found {args.sha256!r}")
-    return args
+        parser.error(f"--sha256: expected 64 digits of 0-9a-f, found {args.sha256!r}")
+    return parser, args
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    parser, args = parse_args(argv)
     if args.list:
         for name, (layout, about) in DATASETS.items():
             print(f"{name:23} {layout:9}for {LAYOUTS[layout][1]:17}{about}")
         return
-    url = f"{args.base_url.rstrip('/')}/{address(args.name)}"
     layout, target = DATASETS[args.name][0], (args.root / args.name).resolve()
-    part = args.root / f"{args.name}{'.tar.gz' if layout == 'paired' else '.zip'}.part"
+    folder, suffix = ("pix2pix", ".tar.gz") if layout == "paired" else ("cyclegan", ".zip")
+    archive = args.name.removesuffix("_unpaired") + suffix
+    url = f"{args.base_url.rstrip('/')}/{folder}/datasets/{archive}"
+    part = args.root / f"{args.name}{suffix}.part"
     try:
         if target.exists() and not args.overwrite:
-            fail(f"{target} is there already; to download it anew and replace it, --overwrite")
+            raise UserError(f"{target} exists; --overwrite downloads it again and replaces it")
         args.root.mkdir(parents=True, exist_ok=True)
         print(f"{url} -> {target}", flush=True)
         download(url, part)
         verify(part, args.sha256 or SHA256.get(args.name))
         install(part, layout, target)
     except KeyboardInterrupt:
-        print(f"download.py: interrupted; {kept(url, part)}", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:  # a full disk, a folder that may not be written
-        fail(f"{error}; {kept(url, part)}")
+        parser.exit(130, f"download.py: interrupted; {RESUME}\n")
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that is not writable
+        parser.error(error if isinstance(error, UserError) else f"{error}; {RESUME}")
     print(f"{target}: {layout}, for {LAYOUTS[layout][1]}")
 
 
