@@ -1,0 +1,243 @@
+"""datasets/make_toy.py: layout, pixels, determinism, bad input."""
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parents[1] / "datasets" / "make_toy.py"
+SIZE = 64
+COUNTS = ("--count", "6", "--test-count", "3", "--size", str(SIZE))
+
+# Made by the version whose results are published: the digest of eight label maps, mean colors.
+LABELS_OF_SEED_0 = "cc4285e402ef6200"
+PHOTOS_OF_SEED_0 = """
+    148.007 169.783 181.715 156.093 167.288 173.594 159.205 176.691 187.075 152.732 164.638 171.000
+    157.257 161.551 154.326 150.516 162.358 164.297 156.159 155.674 138.837 140.525 162.718 182.051
+"""
+
+spec = importlib.util.spec_from_file_location("make_toy", SCRIPT)
+make_toy = importlib.util.module_from_spec(spec)
+sys.modules["make_toy"] = make_toy  # its worker processes look it up by this name
+spec.loader.exec_module(make_toy)
+
+
+def run(root, *flags):
+    command = [sys.executable, SCRIPT, "--root", root, *COUNTS, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def toy(root, *flags):
+    done = run(root, *flags)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def tree(folder):
+    """Every file of a folder as {relative path: bytes}, hidden ones too."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def assert_one_line(done, *words):
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("make_toy.py: error: ") and done.stderr.count("\n") == 1
+    for word in words:
+        assert str(word) in done.stderr
+
+
+@pytest.fixture(scope="module")
+def toy_root(tmp_path_factory):
+    return toy(tmp_path_factory.mktemp("toy"), "--seed", "3")
+
+
+def test_layout_and_sizes(toy_root):
+    counts = {"train": 6, "val": 3, "test": 3}
+    names = {split: [f"{i + 1:04d}.png" for i in range(n)] for split, n in counts.items()}
+    expected = {f"toy/{split}/{name}" for split in names for name in names[split]}
+    for split in ("train", "test"):
+        expected |= {f"toy_unpaired/{split}/{s}/{name}" for s in "xy" for name in names[split]}
+    assert set(tree(toy_root)) == expected
+    for name in expected:
+        with Image.open(toy_root / name) as image:
+            assert image.mode == "RGB"
+            assert image.size == ((2 * SIZE if name.startswith("toy/") else SIZE), SIZE)
+
+
+def test_the_default_scenes_stay_as_they_are():
+    """Published results come from these pixels. The labels are exact; the photographs nearly."""
+    label_digest, means = hashlib.sha256(), []
+    for index in range(8):
+        scene = make_toy.Scene(0, index)
+        label_digest.update(make_toy.draw_labels(scene, 256).tobytes())
+        photo = make_toy.draw_photo(scene, 256, np.random.default_rng([0, index, 1]))
+        means.append(np.asarray(photo).mean((0, 1)))
+    assert label_digest.hexdigest()[:16] == LABELS_OF_SEED_0
+    np.testing.assert_allclose(np.ravel(means), np.fromstring(PHOTOS_OF_SEED_0, sep=" "), atol=0.01)
+
+
+def test_same_seed_same_bytes_and_count_does_not_change_scenes(toy_root, tmp_path):
+    larger = tree(toy(tmp_path, "--seed", "3", "--count", "8", "--test-count", "4"))
+    ours = tree(toy_root)
+    assert len(larger) > len(ours)
+    assert {name: larger[name] for name in ours} == ours
+
+
+def test_another_seed_gives_other_scenes(toy_root, tmp_path):
+    ours, other = tree(toy_root), tree(toy(tmp_path, "--seed", "4"))
+    assert ours.keys() == other.keys()
+    assert not any(ours[name] == other[name] for name in ours)
+
+
+def test_all_scenes_differ(toy_root):
+    for folder in ("toy", "toy_unpaired/train/x", "toy_unpaired/train/y"):
+        files = list(tree(toy_root / folder).values())
+        assert len(set(files)) == len(files)
+
+
+def test_left_half_is_a_photograph_and_right_half_a_label_map(toy_root):
+    palette = set(make_toy.PALETTE.values())
+    assert len(palette) == len(make_toy.PALETTE) == 15
+    for file in (toy_root / "toy" / "train").iterdir():
+        photo, label = (half.reshape(-1, 3) for half in np.split(pixels(file), 2, axis=1))
+        label, photo = [{tuple(p) for p in half.tolist()} for half in (label, photo)]
+        assert label <= palette and len(label) >= 6
+        assert len(photo) > 1000
+
+
+def test_the_photograph_shows_what_the_label_says(toy_root):
+    pairs = [np.split(pixels(f), 2, axis=1) for f in (toy_root / "toy" / "train").iterdir()]
+    photos, labels = (np.concatenate(halves) for halves in zip(*pairs, strict=True))
+
+    def mean(kind):
+        return photos[(labels == make_toy.PALETTE[kind]).all(-1)].mean(0)
+
+    red, green, blue = 0, 1, 2
+    assert mean("plant").argmax() == green
+    assert mean("sky").argmax() == blue and mean("sky")[blue] > 200
+    assert np.ptp(mean("street")) < 12
+    assert mean("window")[blue] > mean("window")[red] + 10
+    assert mean("wall")[blue] < mean("wall")[red] - 20
+    assert mean("sill").mean() > mean("window").mean() + 25
+
+
+def test_edges_agree_in_label_and_photograph_at_an_odd_size():
+    scene, box = make_toy.Scene(0, 0), (0.301, 0.297, 0.703, 0.709)
+    scene.parts = [("plant", (0, 0, 1, 1), "rect"), ("street", box, "rect")]  # flat gray, no trim
+    label = np.asarray(make_toy.draw_labels(scene, 67))
+    rows, columns = np.where((label == make_toy.PALETTE["street"]).all(-1))
+    assert (columns.min(), columns.max() + 1) == (round(0.301 * 67), round(0.703 * 67))
+    assert (rows.min(), rows.max() + 1) == (round(0.297 * 67), round(0.709 * 67))
+    scene.parts = scene.parts[1:]
+    photo = np.asarray(make_toy.draw_photo(scene, 67, np.random.default_rng(0)))
+    asphalt = photo[rows.max()].max(-1) < 125  # darker than any sky
+    assert (np.where(asphalt)[0] == np.unique(columns)).all()
+
+
+def test_unpaired_training_sides_are_of_different_scenes(toy_root):
+    x, y = (tree(toy_root / "toy_unpaired" / "train" / side) for side in "xy")
+    labels_of_y = set()
+    for name in y:
+        pair = pixels(toy_root / "toy" / "train" / name)
+        assert (pixels(toy_root / "toy_unpaired/train/y" / name) == pair[:, :SIZE]).all()
+        labels_of_y.add(pair[:, SIZE:].tobytes())
+    labels_of_x = {pixels(toy_root / "toy_unpaired/train/x" / name).tobytes() for name in x}
+    assert len(labels_of_x) == len(labels_of_y) == 6
+    assert not labels_of_x & labels_of_y
+
+
+def test_unpaired_test_sides_are_the_pairs_of_toy(toy_root):
+    for file in (toy_root / "toy" / "test").iterdir():
+        sides = [pixels(toy_root / "toy_unpaired/test" / side / file.name) for side in "yx"]
+        assert (pixels(file) == np.concatenate(sides, axis=1)).all()
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_every_style_can_be_drawn_at_the_smallest_size(index):
+    scene = make_toy.Scene(0, index)
+    assert make_toy.draw_photo(scene, 32, np.random.default_rng(0)).size == (32, 32)
+    colors = {color for _, color in make_toy.draw_labels(scene, 32).getcolors()}
+    assert {make_toy.PALETTE[kind] for kind in ("sky", "wall", "window")} <= colors
+
+
+def test_overwrite_replaces_both_datasets(tmp_path):
+    before = tree(toy(tmp_path))
+    assert_one_line(run(tmp_path, "--seed", "1"), tmp_path / "toy", "--overwrite")
+    assert tree(tmp_path) == before
+    after = tree(toy(tmp_path, "--seed", "1", "--count", "2", "--overwrite"))
+    assert len(list((tmp_path / "toy/train").iterdir())) == 2
+    assert not any(after[name] == before[name] for name in after)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["toy", "toy_unpaired"]
+
+
+def test_it_stops_if_only_the_second_dataset_exists(tmp_path):
+    (tmp_path / "toy_unpaired").mkdir()
+    assert_one_line(run(tmp_path), tmp_path / "toy_unpaired")
+    assert not (tmp_path / "toy").exists()
+
+
+class OneWorker:
+    """Stands in for a pool: an error of a worker is raised where its result is awaited."""
+
+    def __init__(self, *_):
+        self.imap_unordered = lambda function, jobs, chunksize: map(function, jobs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [(OSError(28, "disk full"), 2, "cannot write"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_nothing_is_left_if_writing_ends_early(
+    tmp_path, monkeypatch, capsys, error, status, message
+):
+    saved, save = [], Image.Image.save
+
+    def fail(image, path, **kwargs):
+        if len(saved) == 5:
+            raise error
+        saved.append(path)
+        save(image, path, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(make_toy, "Pool", OneWorker)
+    with pytest.raises(SystemExit) as stop:
+        make_toy.main(["--root", str(tmp_path), "--count", "4", "--size", "32"])
+    assert stop.value.code == status
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert len(saved) == 5 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--count", "0"), ("--count is 0", "1 to")),
+        (("--count", "many"), ("--count", "many")),
+        (("--test-count", "-1"), ("--test-count",)),
+        (("--size", "10"), ("--size is 10", "32 to")),
+        (("--seed", "-1"), ("--seed",)),
+        (("--sise", "64"), ("--sise",)),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, flags, words):
+    assert_one_line(run(tmp_path / "new", *flags), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line(run(tmp_path / "file"), tmp_path / "file")
