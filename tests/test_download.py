@@ -7,7 +7,6 @@ import io
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 import tarfile
@@ -26,6 +25,9 @@ PAIRS = {f"facades/train/{i}.jpg": os.urandom(3000) for i in range(20)}  # gzip 
 SIDES = {
     f"grumpifycat/{side}/{i}.PNG": os.urandom(500) for side in ("trainA", "trainB") for i in "12"
 }
+
+TWIN = "/cyclegan/datasets/maps.zip"  # of the paired maps; it gets a name of its own
+TWO_MAPS = {"maps_unpaired/trainA/1.jpg": b"x", "maps_unpaired/trainB/1.jpg": b"y"}
 
 spec = importlib.util.spec_from_file_location("download", SCRIPT)
 download = importlib.util.module_from_spec(spec)
@@ -49,8 +51,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(416)
         self.send_response(200 if start is None else 206)
         body = body[start or 0 :]
-        if mood != "announces no length":
-            self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if mood in ("breaks", "stalls") else body)
         if mood == "stalls":
@@ -64,7 +65,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.moods, server.log = {TAR: tar(PAIRS), ZIP: zipped(SIDES)}, [], []
+    server.files, server.moods, server.log = (
+        {TAR: tar(PAIRS), ZIP: zipped(SIDES), TWIN: zipped(TWO_MAPS)},
+        [],
+        [],
+    )
     server.stalled = threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
@@ -77,7 +82,7 @@ def server():
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(download, "RETRY_DELAYS", (0, 0))
-    monkeypatch.setattr(download, "TIMEOUT", 5)
+    monkeypatch.setattr(download, "TIMEOUT", 0.5)
 
 
 def tar(files, members=()):
@@ -133,84 +138,44 @@ def check_set(root, files):
     assert names_in(root) == sorted({name.split("/")[0] for name in files})
 
 
-# What should work
-
-
-@pytest.mark.parametrize(("name", "files"), [("facades", PAIRS), ("grumpifycat", SIDES)])
-def test_an_archive_is_downloaded_and_unpacked(server, tmp_path, capsys, name, files):
+@pytest.mark.parametrize(
+    ("name", "path", "files"),
+    [("facades", TAR, PAIRS), ("grumpifycat", ZIP, SIDES), ("maps_unpaired", TWIN, TWO_MAPS)],
+)
+def test_an_archive_is_downloaded_and_unpacked(
+    server, tmp_path, capsys, monkeypatch, name, path, files
+):
+    monkeypatch.setattr(download, "SHA256", {})
     run(server, tmp_path / "new" / "root", name=name)
     check_set(tmp_path / "new" / "root", files)
-    [(path, requested)] = server.log
     body, out = server.files[path], capsys.readouterr().out
-    assert requested is None
+    assert server.log == [(path, None)]
     assert hashlib.sha256(body).hexdigest() in out and f"{len(body):,} bytes" in out
 
 
-def test_the_unpaired_twin_of_a_paired_dataset_gets_its_own_name(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "SHA256", {})
-    files = {"trainA/1.jpg": b"x", "trainB/1.jpg": b"y"}
-    server.files["/cyclegan/datasets/facades.zip"] = zipped(
-        {f"facades/{name}": content for name, content in files.items()}
-    )
-    run(server, tmp_path, name="facades_unpaired")
-    check_set(tmp_path, {f"facades_unpaired/{name}": content for name, content in files.items()})
-
-
 @pytest.mark.parametrize("top", ["", "./", "other/", "./facades/"])
-def test_the_top_folder_may_have_any_name_or_none(server, tmp_path, top):
-    server.files[TAR] = tar({f"{top}train/1.jpg": b"pair", f"{top}val/2.jpg": b"pair"})
+def test_the_top_folder_may_have_any_name_or_none_and_hard_links_are_files(server, tmp_path, top):
+    link = special(f"{top}val/2.jpg", tarfile.LNKTYPE, f"{top}train/1.jpg")
+    server.files[TAR] = tar({f"{top}train/1.jpg": b"pair"}, [link])
     run(server, tmp_path)
     check_set(tmp_path, {"facades/train/1.jpg": b"pair", "facades/val/2.jpg": b"pair"})
 
 
-def test_a_hard_link_within_the_dataset_is_a_file(server, tmp_path):
-    link = special("facades/val/1.jpg", tarfile.LNKTYPE, "facades/train/1.jpg")
-    server.files[TAR] = tar({"facades/train/1.jpg": b"pair"}, [link])
-    run(server, tmp_path)
-    check_set(tmp_path, {"facades/train/1.jpg": b"pair", "facades/val/1.jpg": b"pair"})
-
-
-def test_unpacked_files_get_no_special_rights(server, tmp_path):
-    member = special("facades/train/1.jpg", tarfile.REGTYPE)
-    member.mode = 0o6777
-    server.files[TAR] = tar({}, [member])
-    run(server, tmp_path)
-    mode = (tmp_path / "facades" / "train" / "1.jpg").stat().st_mode
-    assert not mode & (stat.S_ISUID | stat.S_ISGID | stat.S_IWGRP | stat.S_IWOTH)
-
-
-def test_list_names_every_dataset_and_who_reads_it(capsys):
-    download.main(["--list"])
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+def test_list_names_every_dataset_and_who_reads_it_and_needs_no_torch():
+    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['d', '--list']; \
+runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert lines.keys() == download.DATASETS.keys() >= {"facades", "night2day", "horse2zebra"}
     assert re.search(r"\bpaired .* pix2pix", lines["facades"])
     assert re.search(r"\bunpaired .* cycleGAN and CUT", lines["facades_unpaired"])
 
 
-def test_the_known_checksums_belong_to_datasets():
-    assert download.BASE_URL == "http://efrosgans.eecs.berkeley.edu"
-    assert download.SHA256.keys() <= download.DATASETS.keys()
-    assert all(re.fullmatch("[0-9a-f]{64}", known) for known in download.SHA256.values())
-
-
-# Broken connections
-
-
-def test_a_broken_connection_resumes_at_the_byte_and_the_bar_too(server, tmp_path, monkeypatch):
-    bars = []
-
-    class Bar(download.tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **(kwargs | {"file": io.StringIO(), "disable": False}))
-            bars.append(self)
-
-    monkeypatch.setattr(download, "tqdm", Bar)
+def test_a_broken_connection_resumes_at_the_byte(server, tmp_path):
     server.moods, size = ["breaks"], len(server.files[TAR])
     run(server, tmp_path)
     assert server.log == [(TAR, None), (TAR, f"bytes={size // 2}-")]
     check_set(tmp_path, PAIRS)
-    counted = [(bar.total, bar.initial, bar.n) for bar in bars if bar.unit == "B"]
-    assert counted == [(size, 0, size // 2), (size, size // 2, size)]
 
 
 def test_a_further_run_resumes_where_one_gave_up(server, tmp_path, capsys):
@@ -226,35 +191,12 @@ def test_a_further_run_resumes_where_one_gave_up(server, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("moods", "requests"),
-    [
-        (["breaks", "ignores Range"], 2),
-        (["announces no length"], 1),
-        ([500, 503], 3),
-        ([429, "breaks"], 3),
-    ],
+    [(["breaks", "ignores Range"], 2), ([500, 503], 3), ([429, "breaks"], 3), (["stalls"], 2)],
 )
 def test_passing_trouble_is_overcome(server, tmp_path, moods, requests):
     server.moods = moods
     run(server, tmp_path)
     assert len(server.log) == requests
-    check_set(tmp_path, PAIRS)
-
-
-def test_a_silent_server_times_out(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT", 0.2)
-    server.moods = ["stalls"]
-    start = time.monotonic()
-    run(server, tmp_path)
-    assert time.monotonic() - start < 5
-    assert server.log[1] == (TAR, f"bytes={len(server.files[TAR]) // 2}-")
-    check_set(tmp_path, PAIRS)
-
-
-def test_a_part_that_is_whole_is_not_fetched_again(server, tmp_path):
-    body = server.files[TAR]
-    (tmp_path / "facades.tar.gz.part").write_bytes(body)
-    run(server, tmp_path)
-    assert server.log == [(TAR, f"bytes={len(body)}-")]
     check_set(tmp_path, PAIRS)
 
 
@@ -276,12 +218,6 @@ def test_a_missing_file_is_one_line_and_no_retry(server, tmp_path, capsys):
     assert "404" in error and server.url + TAR in error and "--base-url" in error
     assert len(server.log) == 1
     assert names_in(tmp_path) == []
-
-
-def test_no_server_is_one_line(server, tmp_path, capsys):
-    server.shutdown()
-    server.server_close()
-    assert "refused" in error_of(capsys, run, server, tmp_path)
 
 
 def test_ctrl_c_keeps_the_part(server, tmp_path):
@@ -306,16 +242,10 @@ def test_ctrl_c_keeps_the_part(server, tmp_path):
     check_set(tmp_path, PAIRS)
 
 
-# Damaged and hostile archives: one line, and nothing at the final place or outside it
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_sha256_is_checked(server, tmp_path, capsys, monkeypatch, known):
+def test_sha256_is_checked(server, tmp_path, capsys, monkeypatch):
     found = hashlib.sha256(server.files[TAR]).hexdigest()
-    flags = [] if known else ["--sha256", "0" * 64]
-    if known:
-        monkeypatch.setitem(download.SHA256, "facades", "0" * 64)
-    assert f"--sha256 {found}" in error_of(capsys, run, server, tmp_path, *flags)
+    monkeypatch.setitem(download.SHA256, "facades", "0" * 64)
+    assert f"--sha256 {found}" in error_of(capsys, run, server, tmp_path)
     assert names_in(tmp_path) == []
     run(server, tmp_path, "--sha256", found)
     check_set(tmp_path, PAIRS)
@@ -328,26 +258,18 @@ BAD_TARS = {
     "symbolic link outside": tar(PAIRS, [special("facades/a", tarfile.SYMTYPE, "/tmp")]),
     "symbolic link inside": tar(PAIRS, [special("facades/a", tarfile.SYMTYPE, "train")]),
     "hard link outside": tar(PAIRS, [special("facades/a.jpg", tarfile.LNKTYPE, "../secret")]),
-    "absolute hard link": tar(PAIRS, [special("facades/a.jpg", tarfile.LNKTYPE, "/etc/passwd")]),
-    "hard link to nothing": tar(PAIRS, [special("facades/a.jpg", tarfile.LNKTYPE, "gone")]),
-    "device": tar(PAIRS, [special("facades/a", tarfile.CHRTYPE)]),
     "fifo": tar(PAIRS, [special("facades/a\x1b[2J", tarfile.FIFOTYPE)]),
     "cut short": tar(PAIRS)[:-900],
     "without gzip's checksum": tar(PAIRS)[:-8] + bytes(8),
     "tar cut short inside": gzip.compress(gzip.decompress(tar(PAIRS))[:40_000]),
     "no archive": b"<html>Please log in</html>",
-    "empty": b"",
-    "a zip": zipped(SIDES),
-    "no train folder": tar({"facades/val/1.jpg": b"pair"}),
     "no images": tar({"facades/train/1.txt": b"text"}),
-    "nothing in it": tar({}),
     "a notice": tar({"LICENCE\x1b[31m.txt": b"ask for it"}),
     "a bomb": tar(BOMB),
 }
 BAD_ZIPS = {
     "cut short": zipped(SIDES)[:-30],
     "a byte changed": zipped(SIDES).replace(SIDES["grumpifycat/trainA/1.PNG"][9:99], bytes(90)),
-    "no archive": b"<html>Please log in</html>",
     "one side only": zipped({"grumpifycat/trainA/1.jpg": b"x"}),
     "a bomb": zipped(BOMB),
 }
@@ -380,9 +302,6 @@ def test_a_zip_cannot_reach_outside(server, tmp_path, name):
     assert not Path("/tmp/evil.jpg").exists()
 
 
-# The final place
-
-
 def old_set(root):
     (root / "facades" / "train").mkdir(parents=True)
     (root / "facades" / "train" / "old.jpg").write_bytes(b"old")
@@ -396,13 +315,6 @@ def test_an_existing_dataset_is_replaced_only_with_overwrite(server, tmp_path, c
     check_set(tmp_path, old)
     run(server, tmp_path, "--overwrite")
     check_set(tmp_path, PAIRS)
-
-
-def test_overwrite_keeps_the_old_dataset_if_the_new_one_is_bad(server, tmp_path, capsys):
-    old = old_set(tmp_path)
-    server.files[TAR] = tar(PAIRS)[:-900]
-    assert "unusable" in error_of(capsys, run, server, tmp_path, "--overwrite")
-    check_set(tmp_path, old)
 
 
 def test_the_old_dataset_comes_back_if_the_new_one_cannot_be_moved(
@@ -421,16 +333,6 @@ def test_the_old_dataset_comes_back_if_the_new_one_cannot_be_moved(
     check_set(tmp_path, old)
 
 
-def test_overwrite_through_a_link_keeps_the_link(server, tmp_path):
-    root, disk = tmp_path / "root", tmp_path / "disk"
-    old_set(disk)
-    root.mkdir()
-    (root / "facades").symlink_to(disk / "facades")
-    run(server, root, "--overwrite")
-    assert (root / "facades").is_symlink()
-    check_set(disk, PAIRS)
-
-
 def test_a_full_disk_while_unpacking_keeps_the_archive(server, tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -440,23 +342,15 @@ def test_a_full_disk_while_unpacking_keeps_the_archive(server, tmp_path, capsys,
         error = error_of(capsys, run, server, tmp_path)
     assert "No space left" in error and "resume" in error
     assert names_in(tmp_path) == ["facades.tar.gz.part"]
-    run(server, tmp_path)
+    run(server, tmp_path)  # nothing is downloaded again
+    assert server.log[1:] == [(TAR, f"bytes={len(server.files[TAR])}-")]
     check_set(tmp_path, PAIRS)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_while_downloading_is_one_line(server, tmp_path, capsys):
-    (tmp_path / "facades.tar.gz.part").symlink_to("/dev/full")
-    assert "No space left" in error_of(capsys, run, server, tmp_path)
-    assert len(server.log) == 1
-    assert not (tmp_path / "facades").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["facade"], "did you mean facades?"),
-        (["zebra2horse"], "did you mean horse2zebra?"),
         ([], "--list"),
         (["facades", "--base-url", "ftp://host"], "ftp://host"),
         (["facades", "--sha256", "abc"], "64"),
@@ -465,10 +359,3 @@ def test_a_full_disk_while_downloading_is_one_line(server, tmp_path, capsys):
 )
 def test_bad_flags_are_one_line(capsys, flags, expected):
     assert expected in error_of(capsys, download.main, flags)
-
-
-def test_it_runs_without_torch(tmp_path):
-    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['d', '--list']; \
-runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "facades" in done.stdout

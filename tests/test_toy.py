@@ -4,7 +4,9 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,12 +100,6 @@ def test_another_seed_gives_other_scenes(toy_root, tmp_path):
     assert not any(ours[name] == other[name] for name in ours)
 
 
-def test_all_scenes_differ(toy_root):
-    for folder in ("toy", "toy_unpaired/train/x", "toy_unpaired/train/y"):
-        files = list(tree(toy_root / folder).values())
-        assert len(set(files)) == len(files)
-
-
 def test_left_half_is_a_photograph_and_right_half_a_label_map(toy_root):
     palette = set(make_toy.PALETTE.values())
     assert len(palette) == len(make_toy.PALETTE) == 15
@@ -112,22 +108,6 @@ def test_left_half_is_a_photograph_and_right_half_a_label_map(toy_root):
         label, photo = [{tuple(p) for p in half.tolist()} for half in (label, photo)]
         assert label <= palette and len(label) >= 6
         assert len(photo) > 1000
-
-
-def test_the_photograph_shows_what_the_label_says(toy_root):
-    pairs = [np.split(pixels(f), 2, axis=1) for f in (toy_root / "toy" / "train").iterdir()]
-    photos, labels = (np.concatenate(halves) for halves in zip(*pairs, strict=True))
-
-    def mean(kind):
-        return photos[(labels == make_toy.PALETTE[kind]).all(-1)].mean(0)
-
-    red, green, blue = 0, 1, 2
-    assert mean("plant").argmax() == green
-    assert mean("sky").argmax() == blue and mean("sky")[blue] > 200
-    assert np.ptp(mean("street")) < 12
-    assert mean("window")[blue] > mean("window")[red] + 10
-    assert mean("wall")[blue] < mean("wall")[red] - 20
-    assert mean("sill").mean() > mean("window").mean() + 25
 
 
 def test_edges_agree_in_label_and_photograph_at_an_odd_size():
@@ -161,41 +141,16 @@ def test_unpaired_test_sides_are_the_pairs_of_toy(toy_root):
         assert (pixels(file) == np.concatenate(sides, axis=1)).all()
 
 
-@pytest.mark.parametrize("index", range(12))
-def test_every_style_can_be_drawn_at_the_smallest_size(index):
-    scene = make_toy.Scene(0, index)
-    assert make_toy.draw_photo(scene, 32, np.random.default_rng(0)).size == (32, 32)
-    colors = {color for _, color in make_toy.draw_labels(scene, 32).getcolors()}
-    assert {make_toy.PALETTE[kind] for kind in ("sky", "wall", "window")} <= colors
-
-
 def test_overwrite_replaces_both_datasets(tmp_path):
-    before = tree(toy(tmp_path))
+    (tmp_path / "toy_unpaired").mkdir()
+    assert_one_line(run(tmp_path), tmp_path / "toy_unpaired", "--overwrite")
+    before = tree(toy(tmp_path, "--overwrite"))
     assert_one_line(run(tmp_path, "--seed", "1"), tmp_path / "toy", "--overwrite")
     assert tree(tmp_path) == before
     after = tree(toy(tmp_path, "--seed", "1", "--count", "2", "--overwrite"))
     assert len(list((tmp_path / "toy/train").iterdir())) == 2
     assert not any(after[name] == before[name] for name in after)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["toy", "toy_unpaired"]
-
-
-def test_it_stops_if_only_the_second_dataset_exists(tmp_path):
-    (tmp_path / "toy_unpaired").mkdir()
-    assert_one_line(run(tmp_path), tmp_path / "toy_unpaired")
-    assert not (tmp_path / "toy").exists()
-
-
-class OneWorker:
-    """Stands in for a pool: an error of a worker is raised where its result is awaited."""
-
-    def __init__(self, *_):
-        self.imap_unordered = lambda function, jobs, chunksize: map(function, jobs)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -214,7 +169,10 @@ def test_nothing_is_left_if_writing_ends_early(
         save(image, path, **kwargs)
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    monkeypatch.setattr(make_toy, "Pool", OneWorker)
+    pool = nullcontext(
+        SimpleNamespace(imap_unordered=lambda work, jobs, chunksize: map(work, jobs))
+    )
+    monkeypatch.setattr(make_toy, "Pool", lambda *_: pool)
     with pytest.raises(SystemExit) as stop:
         make_toy.main(["--root", str(tmp_path), "--count", "4", "--size", "32"])
     assert stop.value.code == status
@@ -226,18 +184,10 @@ def test_nothing_is_left_if_writing_ends_early(
     ("flags", "words"),
     [
         (("--count", "0"), ("--count is 0", "1 to")),
-        (("--count", "many"), ("--count", "many")),
-        (("--test-count", "-1"), ("--test-count",)),
         (("--size", "10"), ("--size is 10", "32 to")),
-        (("--seed", "-1"), ("--seed",)),
         (("--sise", "64"), ("--sise",)),
     ],
 )
 def test_bad_flags_are_one_line(tmp_path, flags, words):
     assert_one_line(run(tmp_path / "new", *flags), *words)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_root_that_is_a_file_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert_one_line(run(tmp_path / "file"), tmp_path / "file")
