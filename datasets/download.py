@@ -45,7 +45,7 @@ DATASETS = {  # numbers of training images, as the authors give them
     "maps": ("paired", "1,096 aerial photos and maps"),
     "edges2shoes": ("paired", "50k shoes and their edges (UT Zappos50K)"),
     "edges2handbags": ("paired", "137k handbags and their edges"),
-    "cityscapes": ("paired", "2,975 street scenes; the server may hold a licence notice instead"),
+    "cityscapes": ("paired", "2,975 street scenes; the server may hold a license notice instead"),
     "night2day": ("paired", "outdoor scenes by night and by day"),
     "apple2orange": ("unpaired", "996 apples, 1,020 oranges; 78 MB"),
     "summer2winter_yosemite": ("unpaired", "1,273 summer and 854 winter views; 133 MB"),

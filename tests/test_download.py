@@ -352,7 +352,7 @@ def test_a_full_disk_while_unpacking_keeps_the_archive(server, tmp_path, capsys,
     [
         (["facade"], "did you mean facades?"),
         ([], "--list"),
-        (["facades", "--base-url", "ftp://host"], "ftp://host"),
+        (["facades", "--base-url", "host"], "expected http://"),
         (["facades", "--sha256", "abc"], "64"),
         (["facades", "--base", "http://host"], "--base"),
     ],
