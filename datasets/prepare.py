@@ -24,7 +24,7 @@ from PIL import Image, ImageCms
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .ppm .pgm".split())
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF to Image.Transpose
 NOTED = set()
 
