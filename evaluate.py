@@ -238,7 +238,7 @@ def fid_and_kid(device, generated, reference):
             with torch.no_grad(), network.Conv2d_1a_3x3.register_forward_pre_hook(hook):
                 features.append(network(image.byte())[0].cpu().double())
     given = torch.nn.Identity()
-    given.num_features = 2048
+    given.num_features = sides[0][0].shape[1]
     fid = FrechetInceptionDistance(given)
     kid = KernelInceptionDistance(given, subset_size=min(1000, len(generated), len(reference)))
     for metric in (fid, kid):
