@@ -103,12 +103,11 @@ def test_ssim_against_plain_numpy():
     assert evaluate.ssim(a, a) == pytest.approx(1, abs=1e-12)
 
 
-def test_pairs_are_matched_by_stem_not_by_order(tmp_path):
-    images = blobs(4)
-    a = write(tmp_path / "a", images, ["d", "c", "b", "a"])
+def test_pairs_are_of_one_stem_whatever_the_suffix(tmp_path):
+    a = write(tmp_path / "a", blobs(3), ["x.1", "x", "y"])
     (tmp_path / "b").mkdir()
-    for image, name in zip(images, ("d.bmp", "c.PNG", "b.tif", "a.png"), strict=True):
-        Image.fromarray(image.astype(np.uint8)).save(tmp_path / "b" / name)
+    for name, suffix in (("x.1", ".png"), ("x", ".BMP"), ("y", ".tif")):
+        Image.open(a / f"{name}.png").save(tmp_path / "b" / f"{name}{suffix}")
     assert run(tmp_path, a, tmp_path / "b", "--paired")["paired"]["l1"] == 0
 
 
@@ -478,10 +477,9 @@ def test_json_equals_the_table(tmp_path, capsys):
 
 
 def test_an_unwritable_json_does_not_cost_the_numbers(tmp_path, capsys):
-    a = write(tmp_path / "a", blobs(2))
-    assert evaluate.main([str(a), str(a), "--json", str(tmp_path / "no" / "file.json")]) == 2
-    captured = capsys.readouterr()
-    assert "  swd " in captured.out and "no/file.json" in captured.err
+    a = str(write(tmp_path / "a", blobs(2)))
+    assert evaluate.main([a, a, "--json", a]) == 2
+    assert "  swd " in capsys.readouterr().out
 
 
 def test_skipped_files_are_counted_and_metadata_is_no_obstacle(tmp_path, capsys):
@@ -512,15 +510,18 @@ def test_refusals(tmp_path, capsys):
         assert message in refused(capsys, *argv)
 
 
+@pytest.mark.parametrize("names", ["12", "124", "1123"])
 @pytest.mark.parametrize("flag", ["--paired", "--input"])
-def test_stems_that_do_not_match_are_named(tmp_path, capsys, flag):
-    a, b = write(tmp_path / "a", blobs(3), "123"), write(tmp_path / "b", blobs(2), "12")
-    argv = [a, b, flag, *([b] if flag == "--input" else [])]
-    message = f"{flag}: each image needs a partner of the same stem; 1 images have none"
-    assert f"{message}, or more than one, such as {a / '3.png'}" in refused(capsys, *argv)
-    shutil.copy(a / "3.png", b)
-    shutil.copy(b / "1.png", b / "1.bmp")
-    assert "1 images have none, or more than one, such as" in refused(capsys, *argv)
+def test_stems_that_do_not_match_are_named(tmp_path, capsys, flag, names):
+    a, b = (
+        write(tmp_path / "a", blobs(3), "123"),
+        write(tmp_path / "b", blobs(4)[: len(names)], names),
+    )
+    if names == "1123":
+        shutil.copy(b / "1.png", b / "1.bmp")
+    error = refused(capsys, *([a, b, flag] if flag == "--paired" else [a, a, flag, b]))
+    assert f"{flag}: each image needs a partner of the same stem" in error
+    assert str({"12": a / "3.png", "124": a / "3.png", "1123": b / "1.bmp"}[names]) in error
 
 
 def test_as_a_command(tmp_path):
