@@ -1,14 +1,16 @@
-"""Check that what two method folders both define is one text, copied: no silent drift.
+"""Check that code which exists in several files stays the same: no silent drift between copies.
 
     python tests/check_copies.py          report each difference, exit status 1 if there is one
-    python tests/check_copies.py --fix    copy from the older paper's folder into the newer one
+    python tests/check_copies.py --fix    copy from the older method's folder into the newer one
 
 A top-level function, class or UPPER_CASE constant that files of the same role define under the same
 name (`pix2pix/pix2pix_model.py` and `CUT/CUT_model.py`, or the two `train.py`) must be the same
 syntax tree, docstrings included and comments not. One that must differ says so in the comment
-directly above it in the newer folder, one line for each older copy that is another:
+directly above it in the newer folder, one line for each older copy that is different:
 
     # Differs from cycleGAN/cycleGAN_model.py: <reason>
+
+Tools outside the method folders copy the names in SHARED from pix2pix, without any difference.
 """
 
 import argparse
@@ -20,6 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDERS = ("pix2pix", "cycleGAN", "CUT")  # in the order of the papers: 2016, 2017, 2020
+TOOLS = ("*.py", "datasets/*.py", "experiments/*.py", "visualize/*.py", "benchmarks/*.py")
+SOURCES = ("pix2pix/pix2pix_flags.py", "pix2pix/pix2pix_dataset.py")
+SHARED = ("UserError", "SUFFIXES", "UPRIGHT", "NOTED", "note", "list_images", "load_rgb")
 MARK = re.compile(r"# Differs from (\S+/[^\s:]+\.py)(?::\s*(.*))?")
 
 
@@ -63,8 +68,14 @@ def read_definitions(file):
     return found, marks
 
 
-def read_older(root, folder, file):
-    """{path: {name: Definition}} of the files of the same role in the folders of older papers."""
+def read_older(root, file):
+    """{path: {name: Definition}} of the files that `file` copies from, the nearest one last."""
+    folder = file.relative_to(root).parent.as_posix()
+    if folder not in FOLDERS:  # a tool
+        found = {
+            path: read_definitions(root / path)[0] for path in SOURCES if (root / path).exists()
+        }
+        return {path: {n: d for n, d in old.items() if n in SHARED} for path, old in found.items()}
     role, older = file.name.removeprefix(folder), {}
     for other in FOLDERS[: FOLDERS.index(folder)]:
         path = f"{other}/{role if role == file.name else other + role}"
@@ -88,6 +99,8 @@ def check_definition(root, older, name, new):
     copies = {path: found[name] for path, found in older.items() if name in found}
     complaints, source = [], None
     where, marked = new.file.relative_to(root).as_posix(), {path for path, _ in new.marks.values()}
+    if where.split("/")[0] not in FOLDERS:
+        marked = set()  # a mark excuses no tool
     for path, old in copies.items():
         if ast.dump(old.tree) != ast.dump(new.tree) and path not in marked:
             i, j = first_difference(old.tree, new.tree)
@@ -116,24 +129,24 @@ def is_absent(root, path):
 def check(root, fix=False):
     """Every complaint, as text; with fix, after copying what may be copied."""
     complaints = []
-    for folder in FOLDERS:
-        for file in sorted((root / folder).glob("*.py")):
-            lines, older = read_lines(file), read_older(root, folder, file)
+    patterns = [*(f"{folder}/*.py" for folder in FOLDERS), *TOOLS]
+    for file in [file for pattern in patterns for file in sorted(root.glob(pattern))]:
+        lines, older = read_lines(file), read_older(root, file)
+        found, stray = read_definitions(file)
+        # From below, so that a copy of another length moves no definition still to come.
+        for name, new in sorted(found.items(), key=lambda item: -item[1].start):
+            source = check_definition(root, older, name, new)[1]
+            if fix and source:
+                lines[new.start : new.end] = read_lines(source.file)[source.start : source.end]
+                print(f"{file.relative_to(root)}: {name} copied from {source.file.parent.name}")
+        if lines != read_lines(file):
+            file.write_bytes("\n".join(lines).encode())
             found, stray = read_definitions(file)
-            # From below, so that a copy of another length moves no definition still to come.
-            for name, new in sorted(found.items(), key=lambda item: -item[1].start):
-                source = check_definition(root, older, name, new)[1]
-                if fix and source:
-                    lines[new.start : new.end] = read_lines(source.file)[source.start : source.end]
-                    print(f"{file.relative_to(root)}: {name} copied from {source.file.parent.name}")
-            if lines != read_lines(file):
-                file.write_bytes("\n".join(lines).encode())
-                found, stray = read_definitions(file)
-            for name, new in found.items():
-                complaints += check_definition(root, older, name, new)[0]
-            for line in stray:
-                where = f"{file.relative_to(root).as_posix()}:{line}"
-                complaints.append(f"{where}: stale mark: it stands directly above no definition")
+        for name, new in found.items():
+            complaints += check_definition(root, older, name, new)[0]
+        for line in stray:
+            where = f"{file.relative_to(root).as_posix()}:{line}"
+            complaints.append(f"{where}: stale mark: it stands directly above no definition")
     return complaints
 
 
