@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -38,7 +37,7 @@ def facades(tmp_path, monkeypatch):
             pair.save(tmp_path / "facades" / split / f"{index}.png")
     small = v2.Compose([v2.Resize((32, 32)), v2.PILToTensor()])
     crop = v2.RandomResizedCrop(32, scale=(0.64, 1), ratio=(1, 1))
-    for name, value in (("SIZE", 32), ("EPOCHS", 15), ("FIT", small), ("AUGMENT", crop)):
+    for name, value in (("SIZE", 32), ("EPOCHS", 8), ("FIT", small), ("AUGMENT", crop)):
         monkeypatch.setattr(label_score, name, value)
     monkeypatch.setattr(label_score, "CACHE", tmp_path / "cache")
     return tmp_path
@@ -49,16 +48,10 @@ def test_classes_survive_compression(tmp_path, size):
     classes = blocks(np.random.default_rng(1), size, 32)
     Image.fromarray(PALETTE[classes]).save(tmp_path / "labels.jpg", quality=80, subsampling=0)
     decoded = label_score.decode(Image.open(tmp_path / "labels.jpg")).numpy()
-    step = size // 128
     assert decoded.shape == (128, 128)
-    inner = np.s_[4:12, 4:12]  # away from the edges of the blocks, which the compression blurs
-    assert np.array_equal(decoded[inner], classes[::step, ::step][inner])
-    assert (decoded == classes[::step, ::step]).mean() > 0.97
-
-
-def test_majority_decides_where_the_image_shrinks():
-    classes = np.tile([[3, 3], [3, 7]], (128, 128))
-    assert (label_score.decode(Image.fromarray(PALETTE[classes])) == 3).all()
+    assert (decoded == classes[:: size // 128, :: size // 128]).mean() > 0.97
+    three_of_four = np.tile([[3, 3], [3, 7]], (128, 128))  # where the image shrinks
+    assert (label_score.decode(Image.fromarray(PALETTE[three_of_four])) == 3).all()
 
 
 def numpy_scores(predicted, truth):
@@ -95,7 +88,6 @@ def test_ceiling_generated_images_and_floor(facades, capsys, monkeypatch):
     (facades / "made").mkdir()
     for stem, (photo, _) in list(test.items())[:3]:
         v2.functional.to_pil_image(photo).save(facades / "made" / f"{stem}.png")
-    (facades / "made" / "other.png").write_bytes((facades / "made" / "0.png").read_bytes())
     made, file = str(facades / "made"), facades / "scores.json"
     words = [made, "--data-root", str(facades), "--seeds", "2", "--json", str(file)]
     label_score.main(words)
@@ -111,7 +103,6 @@ def test_ceiling_generated_images_and_floor(facades, capsys, monkeypatch):
             assert found == pytest.approx(numpy_scores(predicted, truth.numpy()), rel=1e-5)
     ceiling, floor = report["real test photographs"], report["mean training photograph"]
     assert min(ceiling["pixel"]) > 0.8 > 0.6 > max(floor["pixel"])
-    assert max(report["noise"]["iou"]) < min(ceiling["iou"])
     low, high = sorted(report[made]["class"])
     assert f"| {made} | 3 | " in table and f" ({low:.3f} to {high:.3f}) |" in table
 
@@ -121,15 +112,5 @@ def test_ceiling_generated_images_and_floor(facades, capsys, monkeypatch):
     (facades / "facades" / "train" / "0.png").unlink()  # other images need other readers
     with pytest.raises(TypeError):
         label_score.main(words)
-
-
-def test_errors_are_one_line(tmp_path):
-    words = [sys.executable, ROOT / "experiments" / "label_score.py", "--data-root", tmp_path]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"label_score.py: error: no images in {tmp_path}/facades/train")
-
-
-def test_a_folder_without_test_stems_is_an_error(facades):
     with pytest.raises(label_score.UserError, match="no image with the stem of a test pair"):
-        label_score.main([str(facades), "--data-root", str(facades)])
+        label_score.main([str(facades), *words[1:]])
