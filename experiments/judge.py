@@ -1,22 +1,22 @@
-"""Measures the complete runs of run.py and fills the tables of experiments/README.md.
+"""Measure the complete runs of run.py and fill the tables of experiments/README.md.
 
-    python experiments/judge.py                               # runs that were not measured yet
-    python experiments/judge.py --root ../other --anew        # all runs of another checkout
+    python experiments/judge.py                        # the runs that are not in results.csv yet
+    python experiments/judge.py steadiness --again     # those of one question, once more
 
-results.csv gets a row for each run and direction. A run that is still training is passed over, and
-the tables say that it is missing. README.md's text between the tables is left alone.
+results.csv gets a row for each run and direction. A run without a checkpoint is not measured; the
+row that it has in results.csv stays. In README.md only the text between `<!-- table NAME -->` and
+`<!-- end -->` is replaced, where NAME is a question of run.py, `labels` or `paper`.
 
-Measured on the test pictures at the size trained at: l1, change and luminance as in losses.csv
-after the last epoch, where train.py measures them; the rest, and those where it does not, by
-evaluate.py on what translate.py makes of the pictures, in fp32.
+Measured on the test images at the size of the training: l1, change and luminance as in losses.csv
+after the last epoch, if train.py measures them, and how much they vary over the last ten sampling
+epochs; the rest by evaluate.py and label_score.py on what translate.py makes of the images.
 """
 
 import argparse
-import contextlib
 import csv
-import itertools
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -24,77 +24,51 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
-from run import (
-    EXPERIMENTS,
-    QUESTIONS,
-    Parser,
-    chosen,
-    epochs_done,
-    epochs_wanted,
-    full_name,
-    run_folder,
-)
+from run import PAPER, ROOT, RUNS, epochs_left, parse, paths
+
+sys.path.insert(0, str(ROOT))
+from evaluate import UserError, list_images, load_rgb
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 # Columns of results.csv: the title in the tables, and the format.
-METRICS = {
+LOGGED = {
     "l1": ("L1 to the truth", ".3f"),
     "change": ("change", ".3f"),
     "luminance": ("luminance", ".2f"),
+}
+MEASURED = {
     "swd": ("SWD", ".1f"),
+    "fid": ("FID", ".1f"),
+    "kid": ("KID", ".4f"),
     "stripes_2": ("stripes, 2 px (dB)", ".2f"),
     "stripes_4": ("stripes, 4 px (dB)", ".2f"),
     "shift_psnr": ("shift-PSNR (dB)", ".1f"),
 }
-LOGGED = ("l1", "change", "luminance")  # train.py measures these at each sampling epoch
-STEADINESS = {
-    f"{name}_{kind}": (f"{METRICS[name][0]}, {title}", ".3f")
-    for name in LOGGED
-    for kind, title in (("deviation", "deviation over epochs"), ("step", "mean step"))
+LABELS = {
+    "label_pixel": ("pixel accuracy", ".3f"),
+    "label_class": ("class accuracy", ".3f"),
+    "label_iou": ("class IoU", ".3f"),
 }
-KEY = ("method", "name", "seed", "direction")
-COLUMNS = (*KEY, "epochs", "commit", "torch", *METRICS, *STEADINESS, "note")
-TITLES = {**METRICS, **STEADINESS}
-
-
-class RunError(Exception):
-    """Ends a run. The message is one line: what was found, what was wanted, what to do."""
+STEADINESS = {f"{name}_spread": (f"{title}, spread", ".3f") for name, (title, _) in LOGGED.items()}
+KEY = ("method", "name", "direction")
+COLUMNS = (*KEY, "epochs", "commit", "torch", *LOGGED, *MEASURED, *LABELS, *STEADINESS)
 
 
 def parse_args(argv=None):
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("judge.py", description=__doc__, formatter_class=style, allow_abbrev=False)
-    flag = parser.add_argument
-    flag("--root", type=Path, default=ROOT, help="the checkout whose runs are measured [this one]")
-    flag("--data-root", type=Path, help="where data sets are [datasets/ in --root]")
-    flag("--anew", action="store_true", help="measure again what was measured [off]")
-    flag("--only", nargs="+", metavar="NAME", help="names, or beginnings [all]")
-    flag("--questions", nargs="+", type=int, choices=QUESTIONS, help="[all]")
-    flag("--seeds", nargs="+", type=int, help="of these seeds only [all]")
-    args = parser.parse_args(argv)
-    args.root = args.root.expanduser().resolve()
-    if not args.root.is_dir():
-        parser.error(f"--root {args.root} is no folder")
-    if not chosen(args):
-        parser.error("--only, --questions and --seeds leave no run; run.py --dry-run lists all")
-    args.data_root = (args.data_root or args.root / "datasets").expanduser().resolve()
-    return args
+    parser = argparse.ArgumentParser("judge.py", None, __doc__, formatter_class=style)
+    parser.add_argument("--again", action="store_true", help="measure what is measured, too [off]")
+    return parse(parser, argv)
 
 
-# ------------------------------------------------------------------------------------- one run
-
-
-def directions(method):
-    """The directions that a method learns."""
-    return ("x2y", "y2x") if method == "cycleGAN" else ("x2y",)
+def directions(run):
+    """The directions that a run learns."""
+    return ("x2y", "y2x") if run.method == "cycleGAN" else ("x2y",)
 
 
 def flag_values(text):
-    """{"--epochs": "10", "--antialias": "", ...} of a command line's flags; the last counts."""
+    """{"--epochs": "10", "--antialias": "", ...} of a command line; the last one counts."""
     flags = {}
     for word in shlex.split(text):
         if word.startswith("--"):
@@ -105,21 +79,20 @@ def flag_values(text):
     return flags
 
 
-def check_flags(experiment, flags):
-    """RunError where a run's args.json, `flags`, is not of this experiment."""
-    for flag, text in flag_values(experiment.flags).items():
+def check_flags(run, flags):
+    """UserError if args.json of a run, `flags`, differs from the run's flags in run.py."""
+    for flag, text in flag_values(run.flags).items():
         off = flag.startswith("--no-")
         found = flags[flag.removeprefix("--no-" if off else "--").replace("-", "_")]
-        wanted = type(found)(text) if text else not off
-        if found != wanted:
-            raise RunError(f"it was trained with {found} for {flag}; run.py has {wanted}")
+        expected = type(found)(text) if text else not off
+        if found != expected:
+            raise UserError(f"trained with {found} for {flag}; run.py has {expected}")
 
 
 def logged(folder, direction):
-    """l1, change, luminance after the last epoch, and how steady they were before, by column.
+    """l1, change and luminance after the last epoch, and their spread, by column.
 
-    Their deviation is the standard deviation over the sampling epochs, their step the mean change
-    from one sampling epoch to the next, without sign.
+    The spread is the standard deviation over the last ten sampling epochs.
     """
     with open(folder / "losses.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -130,123 +103,88 @@ def logged(folder, direction):
             if values:
                 found[name] = values[-1]
             if len(values) > 1:
-                found[f"{name}_deviation"] = statistics.stdev(values)
-                steps = [abs(b - a) for a, b in itertools.pairwise(values)]
-                found[f"{name}_step"] = statistics.mean(steps)
+                found[f"{name}_spread"] = statistics.stdev(values[-10:])
     return found
 
 
-def list_images(folder):
-    """The pictures directly inside `folder` (a Path), sorted by name; [] without folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
-
-
-def read_pictures(*folders):
-    """{stem: RGB picture} of the first of folders that holds any."""
-    files = next(filter(None, map(list_images, folders)), [])
-    return {file.stem: Image.open(file).convert("RGB") for file in files}
-
-
-def test_pictures(method, flags, data_root):
-    """The test set as train.py takes it: x and y, each {stem: RGB picture} at --image-size."""
+def test_images(run, flags, data_root):
+    """The test images as train.py takes them: x and y, each {stem: PIL image of --image-size}."""
     root, size = data_root / flags["data_folder"], flags["image_size"]
-    if method == "pix2pix":
-        pairs = read_pictures(root / "test", root / "val").items()
-        x = {stem: pair.crop((pair.width // 2, 0, *pair.size)) for stem, pair in pairs}
-        y = {stem: pair.crop((0, 0, pair.width // 2, pair.height)) for stem, pair in pairs}
+    if run.method == "pix2pix":
+        pairs = {file.stem: load_rgb(file) for file in list_images(root / "test")}
+        x = {stem: pair.crop((pair.width // 2, 0, *pair.size)) for stem, pair in pairs.items()}
+        y = {stem: pair.crop((0, 0, pair.width // 2, pair.height)) for stem, pair in pairs.items()}
     else:
-        x = read_pictures(root / "test" / "x", root / "testA")
-        y = read_pictures(root / "test" / "y", root / "testB")
+        sides = (("test/x", "testA"), ("test/y", "testB"))
+        files = [list_images(root / a) or list_images(root / b) for a, b in sides]
+        x, y = ({file.stem: load_rgb(file) for file in side} for side in files)
     if not x or not y:
-        raise RunError(f"{root} has no test pictures; --data-root says where data sets are")
-    sides = [
-        {stem: image.resize((size, size), Image.Resampling.BICUBIC) for stem, image in side.items()}
-        for side in (x, y)
-    ]
-    return sides[::-1] if flags["swap_xy"] else sides
+        raise UserError(f"no test images in {root}; --data-root is the folder of the datasets")
+    x, y = ({stem: im.resize((size, size), 3) for stem, im in side.items()} for side in (x, y))
+    return (y, x) if flags["swap_xy"] else (x, y)
 
 
 def run_script(script, *words):
-    """Runs a script of this repository. RunError, with its last line, where it fails."""
-    command = [sys.executable, script, *words]
+    """Runs a script of this repository. UserError, with its last line, if it fails."""
+    command = [sys.executable, ROOT / script, *words]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise RunError(f"{script.relative_to(ROOT)} failed: {reason}")
+        raise UserError(f"{script} failed: {reason}")
 
 
-def evaluated(experiment, seed, direction, flags, args):
-    """What translate.py and evaluate.py of this checkout say of a run, by column."""
-    method, paths = experiment.method, [ROOT / "evaluate.py", checkpoint(experiment, seed, args)]
-    for path in (ROOT / method / "translate.py", *paths):
-        if not path.exists():
-            raise RunError(f"there is no {'/'.join(path.parts[-2:])}")
-    sides = test_pictures(method, flags, args.data_root)
+def measured(run, direction, flags, args):
+    """What evaluate.py and label_score.py say of a run's translations, as {key: {column: value}}.
+
+    From label_score.py also of the real test photographs, their mean, and noise.
+    """
+    sides, key = test_images(run, flags, args.data_root), (run.method, run.name, direction)
     source, truth = sides if direction == "x2y" else sides[::-1]
     with tempfile.TemporaryDirectory() as folder:
-        given, made, true = (Path(folder) / name for name in ("given", "made", "true"))
-        for place, pictures in ((given, source), (true, truth)):
+        given, made, real, file = (Path(folder) / n for n in ("given", "made", "real", "json"))
+        for place, images in ((given, source), (real, truth)):
             place.mkdir()
-            for stem, picture in pictures.items():
-                picture.save(place / f"{stem}.png")
-        words = ["--checkpoint", paths[1], "--input", given]
-        words += ["--direction", direction] if method == "cycleGAN" else []
-        run_script(ROOT / method / "translate.py", *words, "--output", made)
+            for stem, image in images.items():
+                image.save(place / f"{stem}.png")
+        words = ["--checkpoint", paths(args, run)[1], "--input", given]
+        words += ["--direction", direction] if run.method == "cycleGAN" else []
+        run_script(f"{run.method}/translate.py", *words, "--output", made)
         words += ["--paired"] if source.keys() == truth.keys() else []
-        run_script(paths[0], made, true, *words, "--json", Path(folder) / "report.json")
-        report = json.loads((Path(folder) / "report.json").read_text())
-    stripes, change = report["stripes"], report["change"]
-    found = {"change": change["l1"], "luminance": change["luminance"]}
-    found.update(l1=report.get("paired", {}).get("l1"), swd=report["unpaired"]["swd"])
-    for period in (2, 4):
-        both = [stripes[f"{way}_{period}"] for way in ("vertical", "horizontal")]
-        found[f"stripes_{period}"] = statistics.mean(both)
-    return {**found, "shift_psnr": stripes["shift_psnr"]}
+        run_script("evaluate.py", made, real, *words, "--json", file)
+        report = json.loads(file.read_text())
+        found = report["stripes"] | report["unpaired"] | report["change"]
+        found["change"], found["l1"] = report["change"]["l1"], report.get("paired", {}).get("l1")
+        for period in (2, 4):
+            both = [found[f"{way}_{period}"] for way in ("vertical", "horizontal")]
+            found[f"stripes_{period}"] = statistics.mean(both)
+        if not is_labels_to_photo(run, direction):
+            return {key: found}
+        run_script(
+            "experiments/label_score.py", made, "--data-root", args.data_root, "--json", file
+        )
+        labels = {
+            name: {f"label_{k}": statistics.mean(v) for k, v in scores.items()}
+            for name, scores in json.loads(file.read_text()).items()
+        }
+    return {key: found | labels.pop(str(made))} | {("-", n, "-"): v for n, v in labels.items()}
 
 
-def judge(experiment, seed, direction, args):
-    """The row of results.csv for one direction of a complete run."""
-    folder = run_folder(args.root, experiment, seed)
-    flags = json.loads((folder / "args.json").read_text())
-    check_flags(experiment, flags)
-    row = dict.fromkeys(COLUMNS, "")
-    row.update(zip(KEY, key_of(experiment, seed, direction), strict=True))
-    row.update(epochs=flags["epochs"], commit=commit_of(flags), torch=flags["torch"])
-    values = logged(folder, direction)
-    try:
-        values = {**evaluated(experiment, seed, direction, flags, args), **values}
-    except RunError as error:
-        row["note"] = str(error)
-    row.update({name: f"{value:.6g}" for name, value in values.items() if value is not None})
-    return row
+def is_labels_to_photo(run, direction):
+    """Whether label_score.py can judge a run: facades, from labels to photographs."""
+    return direction == "x2y" and "--data-folder facades" in run.flags
 
 
-# ------------------------------------------------------------------------------------ all runs
-
-
-def checkpoint(experiment, seed, args):
-    """Where a run keeps its generator."""
-    name = full_name(experiment, seed)
-    return args.root / experiment.method / "model" / name / "checkpoint.pt"
-
-
-def is_complete(experiment, seed, args):
-    """Whether a run can be measured."""
-    if epochs_done(args.root, experiment, seed) < epochs_wanted(experiment):
-        return False
-    last, losses = checkpoint(experiment, seed, args), run_folder(args.root, experiment, seed)
-    if last.exists() and last.stat().st_mtime < (losses / "losses.csv").stat().st_mtime:
-        print(f"{last} is older than losses.csv: in the writing, or copied without its time")
-        return False
-    return True
-
-
-def is_measured(row, experiment, seed, args):
-    """Whether a row of results.csv says all, and of this run, not of one trained before it."""
-    flags = json.loads((run_folder(args.root, experiment, seed) / "args.json").read_text())
-    return bool(row) and not row["note"] and row["commit"] == commit_of(flags) and not args.anew
+def judge(run, direction, flags, args):
+    """Rows of results.csv, {key: row}: of a run in one direction, and the label score's limits."""
+    check_flags(run, flags)
+    rows = measured(run, direction, flags, args)
+    facts = {"epochs": flags["epochs"], "commit": commit_of(flags), "torch": flags["torch"]}
+    rows[run.method, run.name, direction] |= logged(paths(args, run)[0], direction) | facts
+    for key, row in rows.items():
+        row = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+        row = {n: f"{v:.6g}" if isinstance(v, float) else str(v) for n, v in row.items()}
+        rows[key] = row | dict(zip(KEY, key, strict=True))
+    return rows
 
 
 def commit_of(flags):
@@ -255,13 +193,8 @@ def commit_of(flags):
     return commit[:12] + "-dirty" * commit.endswith("-dirty")
 
 
-def key_of(experiment, seed, direction):
-    """What tells a row of results.csv from the others."""
-    return experiment.method, experiment.name, str(seed), direction
-
-
 def read_results(path):
-    """{key: row} of results.csv; {} where there is none."""
+    """{key: row} of results.csv; {} if there is none."""
     if not path.exists():
         return {}
     with open(path, newline="") as file:
@@ -269,175 +202,98 @@ def read_results(path):
 
 
 def write_results(path, rows):
-    """Writes results.csv anew, in the order of run.py; rows of runs it has no more come last."""
-    keys = [key_of(e, s, d) for e in EXPERIMENTS for s in e.seeds for d in directions(e.method)]
-    with replacing(path) as file:
+    """Writes results.csv in the order of run.py, without rows of runs that run.py does not have."""
+    keys = [(run.method, run.name, d) for run in RUNS + PAPER for d in directions(run)]
+    keys += [key for key in rows if key[0] == "-"]
+    with open(f"{path}.tmp", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            rows[key] for key in [*keys, *sorted(rows.keys() - set(keys))] if key in rows
-        )
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A text file that takes path's place once it is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", newline="") as file:
-        yield file
-    os.replace(aside, path)
-
-
-# -------------------------------------------------------------------------------------- tables
-
-
-def cells(line):
-    return f"| {' | '.join(line)} |"
-
-
-def heading(titles):
-    return [cells(titles), "|---" * len(titles) + "|"]
-
-
-def mean_and_range(values, form):
-    """As in "0.412 (0.400 to 0.424)"; one value alone; a dash for none."""
-    if len(values) < 2:
-        return f"{values[0]:{form}}" if values else "-"
-    mean = statistics.mean(values)
-    return f"{mean:{form}} ({min(values):{form}} to {max(values):{form}})"
+        writer.writerows(rows[key] for key in keys if key in rows)
+    os.replace(f"{path}.tmp", path)
 
 
 def as_code(flags):
-    """Flags as a reader would type them, in backquotes; "" for none."""
+    """{flag: value} as a reader would type it, in backquotes; "" for none."""
     words = [word for pair in flags.items() for word in pair if word]
     return f"`{shlex.join(words)}`" if words else ""
 
 
-def shared_flags(experiments):
-    """What all experiments have in common: {flag: value}."""
-    each = [flag_values(e.flags) for e in experiments]
-    return {f: v for f, v in each[0].items() if all((f, v) in flags.items() for flags in each)}
-
-
-def settings_table(experiments, rows, metrics):
-    """Lines: for each setting and direction the mean, and the range over the seeds."""
-    shared, body, there = shared_flags(experiments), [], set()
-    settings = [(e, direction) for e in experiments for direction in directions(e.method)]
-    for e, direction in settings:
-        found = [rows.get(key_of(e, seed, direction)) for seed in e.seeds]
-        missing = [str(s) for s, row in zip(e.seeds, found, strict=True) if not row]
-        seeds = [str(s) for s, row in zip(e.seeds, found, strict=True) if row]
-        if missing:
-            seeds.append(f"**missing: {', '.join(missing)}**")
-        own = {f: v for f, v in flag_values(e.flags).items() if (f, v) not in shared.items()}
-        name = f"{e.method} {e.name}" + f", {direction}" * (e.method == "cycleGAN")
-        values = {m: [float(row[m]) for row in found if row and row[m]] for m in metrics}
-        there |= {metric for metric in metrics if values[metric]}
-        body.append((name, as_code(own), ", ".join(seeds), values))
-    metrics = {metric: title for metric, title in metrics.items() if metric in there}
-    lines = [f"All with {as_code(shared)}.", ""]
-    lines += heading(["run", "its own flags", "seeds", *(title for title, _ in metrics.values())])
-    for *words, values in body:
-        numbers = [mean_and_range(values[m], form) for m, (_, form) in metrics.items()]
-        lines.append(cells([*words, *numbers]))
-    return lines
-
-
-def precision_table(experiments, rows, metrics):
-    """Lines: for each method, direction and seed fp32 beside bf16, then mean and range of all."""
-    forms = {}  # of each column
-    for title, form in metrics.values():
-        forms.update({f"{title}, fp32": form, f"{title}, bf16": form})
-        forms[f"{title}, bf16 - fp32"] = f"+{form}"
-    lines = [f"All with {as_code(shared_flags(experiments))}.", ""]
-    lines += heading(["run", "seed", *forms])
-    for full in [e for e in experiments if e.name.endswith("fp32")]:
-        pair = {"fp32": full, "bf16": full._replace(name=full.name.replace("fp32", "bf16"))}
-        for direction in directions(full.method):
-            name, found = f"{full.method}, {direction}", []  # a dict of numbers for each seed
-            for seed in full.seeds:
-                both = {k: rows.get(key_of(e, seed, direction)) for k, e in pair.items()}
-                found.append(compare(both, metrics))
-                missing = ", ".join(kind for kind, row in both.items() if not row)
-                seed = f"{seed}; **missing: {missing}**" if missing else str(seed)
-                shown = (mean_and_range(found[-1][column], form) for column, form in forms.items())
-                lines.append(cells([name, seed, *shown]))
-            whole = {c: [number for numbers in found for number in numbers[c]] for c in forms}
-            shown = (mean_and_range(whole[column], form) for column, form in forms.items())
-            lines.append(cells([name, "all", *shown]))
-    return lines
-
-
-def compare(both, metrics):
-    """{column: [number], or [] where it is missing} of {"fp32": row, "bf16": row}."""
-    numbers = {}
-    for metric, (title, _) in metrics.items():
-        a, b = ([float(row[metric])] if row and row[metric] else [] for row in both.values())
-        numbers.update({f"{title}, fp32": a, f"{title}, bf16": b})
-        numbers[f"{title}, bf16 - fp32"] = [b[0] - a[0]] if a and b else []
-    return numbers
+def markdown(heads, cells, rows, metrics):
+    """Lines of a table. cells, rows: of each key, its first cells and its row of results.csv."""
+    found = {key: rows.get(key, {}) for key in cells}
+    metrics = {m: v for m, v in metrics.items() if any(row.get(m) for row in found.values())}
+    lines = [[*heads, *(title for title, _ in metrics.values())]]
+    lines.append(["---"] * len(lines[0]))
+    forms = {name: form for name, (_, form) in metrics.items()}
+    for key, row in found.items():
+        numbers = [f"{float(row[m]):{form}}" if row.get(m) else "-" for m, form in forms.items()]
+        lines.append([*cells[key], *numbers])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(question, rows):
-    """The text between the markers of a question."""
-    experiments = [e for e in EXPERIMENTS if question in e.questions]
-    keys = [key_of(e, s, d) for e in experiments for s in e.seeds for d in directions(e.method)]
-    found = [rows[key] for key in keys if key in rows]
-    commits = sorted({f"{row['commit']} with torch {row['torch']}" for row in found})
-    made = ", ".join(commits) or "nothing is trained yet"
-    lines = [f"`python experiments/run.py --questions {question}`, with `--dry-run` for the single"]
-    lines[0] += f" commands, then `python experiments/judge.py`. Commit of the runs: {made}."
-    lines.append("")
-    if question == 13:
-        lines += precision_table(experiments, rows, {m: METRICS[m] for m in ("l1", "swd")})
-    else:
-        lines += settings_table(experiments, rows, METRICS | (STEADINESS if question == 6 else {}))
-    for note in sorted({row["note"] for row in found if row["note"]}):
-        those = [f"{r['method']} {r['name']} {r['seed']}" for r in found if r["note"] == note]
-        lines += ["", f"Not measured for {', '.join(dict.fromkeys(those))}: {note}."]
-    return "\n".join(lines)
+    """The text between the markers of a question: a line for each run and direction."""
+    if question == "labels":
+        cells = {key: [" ".join(key[:2]).removeprefix("- ")] for key in rows}
+        cells = {key: cell for key, cell in cells.items() if rows[key].get("label_pixel")}
+        return markdown(["images"], cells, rows, LABELS)
+    runs = [run for run in RUNS if question in run.questions.split()] or PAPER
+    flags = [flag_values(run.flags) for run in runs]
+    shared = {f: v for f, v in flags[0].items() if all(own.get(f) == v for own in flags)}
+    cells = {}
+    for run, own in zip(runs, flags, strict=True):
+        own = as_code({f: v for f, v in own.items() if f not in shared})
+        for direction in directions(run):
+            key = (run.method, run.name, direction)
+            name = f"{run.method} {run.name}" + f", {direction}" * (run.method == "cycleGAN")
+            cells[key] = [name + ": **missing**" * (key not in rows), own]
+    commits = {
+        f"{rows[key]['commit']} (torch {rows[key]['torch']})" for key in cells if key in rows
+    }
+    command = f"`python experiments/run.py {'--scale paper' if runs is PAPER else question}`"
+    text = (
+        f"{command}, then `python experiments/judge.py`. All with {as_code(shared)}. Commit of the"
+    )
+    text += f" runs: {', '.join(sorted(commits)) or 'none yet'}.\n\n"
+    metrics = LOGGED | MEASURED | LABELS | (STEADINESS if question == "steadiness" else {})
+    return text + markdown(["run", "its own flags"], cells, rows, metrics)
 
 
 def fill(text, rows):
-    """README.md's text with the tables anew; a question that it lacks gets a section at the end."""
-    for question, title in QUESTIONS.items():
-        start, end = f"<!-- table {question} -->", "<!-- end -->"
-        if start not in text:
-            text = f"{text.rstrip()}\n\n## {question}. {title}\n\n{start}\n{end}\n"
-        before, after = text.split(start, 1)
-        if end not in after:
-            raise RunError(f"README.md: {start} has no {end} after it")
-        text = f"{before}{start}\n{table(question, rows)}\n{end}{after.split(end, 1)[1]}"
-    return text
+    """README.md's text with its tables written again."""
+    questions = {name for run in RUNS for name in run.questions.split()} | {"paper", "labels"}
+
+    def filled(match):
+        known = match[2] in questions
+        return f"{match[1]}\n{table(match[2], rows)}\n<!-- end -->" if known else match[0]
+
+    return re.sub(r"(<!-- table (\S+) -->).*?<!-- end -->", filled, text, flags=re.DOTALL)
 
 
 def main(argv=None):
     """Runs the command line. Returns the exit status."""
     args = parse_args(argv)
     results, readme = HERE / "results.csv", HERE / "README.md"
-    rows, failed, wanted = read_results(results), 0, chosen(args)
-    complete = [pair for pair in wanted if is_complete(*pair, args)]
-    for experiment, seed in complete:
-        for direction in directions(experiment.method):
-            key = key_of(experiment, seed, direction)
+    rows, status = read_results(results), 0
+    complete = [run for run in args.runs if not epochs_left(args, run)]
+    for run in complete:
+        for direction in directions(run):
+            key = (run.method, run.name, direction)
             try:
-                if is_measured(rows.get(key), experiment, seed, args):
+                flags = json.loads((paths(args, run)[0] / "args.json").read_text())
+                if rows.get(key, {}).get("commit") == commit_of(flags) and not args.again:
                     continue
-                rows[key] = judge(experiment, seed, direction, args)
-                write_results(results, rows)
-                said = rows[key]["note"] or "measured"
-            except (RunError, OSError, ValueError, KeyError, TypeError) as error:
-                said, failed = f"error: {error!r}", 1
-            print(*key, said, flush=True)
-    try:
-        text = fill(readme.read_text() if readme.exists() else "# Experiments\n", rows)
-        with replacing(readme) as file:
-            file.write(text)
-    except (RunError, OSError) as error:
-        print(f"judge.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(complete)} of {len(wanted)} runs are complete; see {results} and {readme}")
-    return failed
+                rows |= judge(run, direction, flags, args)
+                message = "measured"
+            except (UserError, OSError, ValueError, KeyError) as error:
+                message, status = f"error: {error!r}", 1
+            write_results(results, rows)
+            print(*key, message, flush=True)
+    write_results(results, rows)
+    Path(f"{readme}.tmp").write_text(fill(readme.read_text(), read_results(results)))
+    os.replace(f"{readme}.tmp", readme)
+    print(f"{len(complete)} of {len(args.runs)} runs are complete; see {results} and {readme}")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,261 +1,199 @@
-"""Trains the runs behind the README's findings, on any machine and in any number of sittings.
+"""Train the runs behind the findings, on any machine and in any number of sessions.
 
-    python experiments/run.py --dry-run                    # prints the commands and trains nothing
-    python experiments/run.py --data-root datasets --jobs 2
-    python experiments/run.py --only facades-buffer-50     # those whose name begins so
+    python experiments/run.py --dry-run                  # print the commands, train nothing
+    python experiments/run.py antialias --jobs 2 --minutes 60
+    python experiments/run.py --scale paper --dry-run --measure    # and the hours
 
-A run that is complete is passed over; one that was stopped goes on; one without a checkpoint, as
-those that the repository shows, is trained anew. Each writes to
-visualize/<method>/<name>-seed-<seed>/, as every run does; judge.py then makes the tables. Data sets
-wanted: facades, monet2photo (datasets/download.py), facades_unpaired (split_pairs.py) and
-toy, toy_unpaired (make_toy.py).
+Complete runs are skipped and interrupted ones resumed, so the same command continues after a stop.
+Datasets: facades and monet2photo (datasets/download.py), and facades_unpaired
+(`datasets/prepare.py split facades facades_unpaired --all`). Next: judge.py measures the runs.
 """
 
 import argparse
-import csv
+import itertools
+import math
 import os
+import re
 import shlex
 import signal
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
+from subprocess import DEVNULL, Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What two CPU cores can do: small pictures, half the filters, few epochs.
-SMALL = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --precision bf16 --sample-every 1"
-MIDDLE = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --precision bf16"
-FACADES = f"--data-folder facades_unpaired {SMALL} --n-layers 6 --epochs 6"
-MONET = f"--data-folder monet2photo {SMALL} --n-layers 6 --epochs 2"
-PHOTO_TO_MONET = f"{MONET} --swap-xy"
-TOY = "--image-size 64 --load-size 72 --ngf 32 --ndf 32 --batch-size 4 --sample-every 3 --epochs 3"
-TOY_UNPAIRED = f"--data-folder toy_unpaired {TOY}"
+# questions: those that a run helps to answer, separated by spaces
+Run = namedtuple("Run", "method name flags questions", defaults=[""])
 
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class Experiment(NamedTuple):
-    """One setting. questions: those it helps to answer, by their number in QUESTIONS."""
-
-    questions: tuple
-    method: str
-    name: str
-    flags: str
-    seeds: tuple = (0, 1)
-
-
-# In the order of the original README, and of its "Things to try".
-QUESTIONS = {
-    1: "pix2pix on facades",
-    2: "cycleGAN on facades",
-    3: "cycleGAN, painting and photo: without --pix-loss, do light and dark change places?",
-    4: "cycleGAN, --pix-blur and --pix-pool at ratio 10: does the barcode grow?",
-    5: "CUT on facades",
-    6: "CUT, a buffer of 50: does it steady the training, or harm it?",
-    7: "CUT, 64 patches instead of 256",
-    8: "CUT, gradient through the keys as well (--no-detach)",
-    9: "CUT on photo to Monet: how much does it change, against the summed weighting?",
-    10: "anti-aliasing on and off, in cycleGAN and CUT: barcode numbers",
-    11: "CUT, fewer taps",
-    12: "CUT, attention, hdce and ence against plain NCE",
-    13: "bf16 against fp32 on the toy sets, whose truth is known",
-}
+# What two CPU cores train in hours: 128 px, half the filters, six blocks, some 30,000 steps.
+CPU = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --n-layers 6 --precision bf16"
+PILOT = f"--data-folder facades_unpaired {CPU} --epochs 44 --sample-every 6"
+FACADES = f"--data-folder facades_unpaired {CPU} --antialias --epochs 76 --sample-every 8"
+# For 540 photographs; of all 6,287 five epochs are as many steps.
+MONET = f"--data-folder monet2photo {CPU} --epochs 56 --sample-every 6"
 NO_PIX = '--feat-str "d128, d256, R256_1, R256_5"'
-DEEP = '--feat-str "R256_1, R256_5"'
-HDCE = "--nce hdce --NCE-ratio 0.1 --NCE-ratio-id 0.1 --src-ratio 0.05"
-SUMMED = "--NCE-ratio 10 --NCE-ratio-id 10"
-BLUR_POOL = "--pix-loss --pix-blur --pix-pool 4 --pix-ratio 10"
-EXPERIMENTS = [
-    Experiment(
-        (1,),
-        "pix2pix",
-        "facades-128",
-        f"--data-folder facades {MIDDLE} --batch-size 4 --epochs 30 --sample-every 5",
-        (0,),
-    ),
-    Experiment(
-        (2,),
-        "cycleGAN",
-        "facades-128",
-        f"--data-folder facades_unpaired {MIDDLE} --n-layers 6 --epochs 12 --sample-every 2",
-        (0,),
-    ),
-    Experiment((5, 6, 7, 8, 10, 11, 12), "CUT", "facades", FACADES),
-    Experiment((6,), "CUT", "facades-buffer-50", f"{FACADES} --buffer-size 50"),
-    Experiment((7,), "CUT", "facades-patches-64", f"{FACADES} --num-patches 64"),
-    Experiment((8,), "CUT", "facades-no-detach", f"{FACADES} --no-detach"),
-    Experiment((2, 10), "cycleGAN", "facades", FACADES),
-    Experiment((10,), "cycleGAN", "facades-antialias", f"{FACADES} --antialias"),
-    Experiment((10,), "CUT", "facades-antialias", f"{FACADES} --antialias"),
-    Experiment((3, 4), "cycleGAN", "monet", MONET),
-    Experiment((3, 4), "cycleGAN", "monet-pix", f"{MONET} --pix-loss"),
-    Experiment((4,), "cycleGAN", "monet-blur-pool", f"{MONET} {BLUR_POOL}"),
-    Experiment((9, 11), "CUT", "monet", PHOTO_TO_MONET),
-    Experiment((9,), "CUT", "monet-summed", f"{PHOTO_TO_MONET} {SUMMED}"),
-    Experiment((9, 11), "CUT", "monet-no-pix", f"{PHOTO_TO_MONET} {NO_PIX}"),
-    Experiment((11,), "CUT", "facades-no-pix", f"{FACADES} {NO_PIX}"),
-    Experiment((11,), "CUT", "facades-deep", f"{FACADES} {DEEP}"),
-    Experiment((12,), "CUT", "facades-attention", f"{FACADES} --query attention"),
-    Experiment((12,), "CUT", "facades-hdce", f"{FACADES} {HDCE}"),
-    Experiment((12,), "CUT", "facades-ence", f"{FACADES} --nce ence"),
-    Experiment(
-        (5,),
-        "CUT",
-        "facades-128",
-        f"--data-folder facades_unpaired {MIDDLE} --n-layers 6 --epochs 12 --sample-every 2",
-        (0,),
-    ),
+FULL_WIDTH = "--data-folder facades --precision bf16 --epochs 76 --sample-every 8"
+RUNS = [
+    Run("pix2pix", "facades-256", FULL_WIDTH, "pix2pix"),
+    Run("CUT", "facades-128-antialias", FACADES, "CUT steadiness patches detach"),
+    Run("cycleGAN", "facades-128-antialias", FACADES, "cycleGAN"),
+    Run("CUT", "facades-128-pilot", PILOT, "CUT"),
+    Run("cycleGAN", "facades-128-pilot", PILOT, "cycleGAN"),
+    Run("cycleGAN", "monet-128", MONET, "inversion"),
+    Run("cycleGAN", "monet-128-pix-loss", f"{MONET} --pix-loss", "inversion"),
+    Run("CUT", "monet-128", f"{MONET} --swap-xy", "change"),
+    Run("CUT", "monet-128-no-pix", f"{MONET} --swap-xy {NO_PIX}", "change"),
+    Run("CUT", "facades-128-ema", f"{FACADES} --ema 0.999", "steadiness"),
+    Run("CUT", "facades-128-buffer-50", f"{FACADES} --buffer-size 50", "steadiness"),
+    Run("CUT", "facades-128-patches-64", f"{FACADES} --num-patches 64", "patches"),
+    Run("CUT", "facades-128-no-detach", f"{FACADES} --no-detach", "detach"),
 ]
-for precision in ("fp32", "bf16"):
-    flags = f"--precision {precision}"
-    toy = f"--data-folder toy {TOY} {flags}"
-    EXPERIMENTS += [
-        Experiment((13,), "pix2pix", f"toy-{precision}", toy, (0, 1, 2)),
-        Experiment(
-            (13,), "cycleGAN", f"toy-{precision}", f"{TOY_UNPAIRED} --n-layers 4 {flags}", (0, 1, 2)
-        ),
-        Experiment(
-            (13,), "CUT", f"toy-{precision}", f"{TOY_UNPAIRED} --n-layers 6 {flags}", (0, 1, 2)
-        ),
-    ]
+SMALL = "--data-folder facades_unpaired --image-size 64 --load-size 72 --ngf 32 --ndf 32"
+SMALL += " --precision bf16 --sample-every 1 --n-layers 6 --epochs 6"
+for seed, method in itertools.product((0, 1), ("CUT", "cycleGAN")):  # minutes each
+    for name, flags in (("facades", SMALL), ("facades-antialias", f"{SMALL} --antialias")):
+        RUNS.append(Run(method, f"{name}-seed-{seed}", f"{flags} --seed {seed}", "antialias"))
+
+# The original README's eleven figures; CUT's paper-monet is two, of epochs 400 and 391.
+PIX_LOSS = "--data-folder monet2photo --epochs 200 --pix-loss"
+CUT_FACADES = "--data-folder facades_unpaired --epochs 400"
+PAPER = [
+    Run("pix2pix", "paper-facades", "--data-folder facades --epochs 200"),
+    Run("cycleGAN", "paper-facades", "--data-folder facades_unpaired --epochs 200"),
+    Run("cycleGAN", "paper-monet-pix-loss", PIX_LOSS),
+    Run("cycleGAN", "paper-monet-pool", f"{PIX_LOSS} --pix-blur --pix-pool 4 --pix-ratio 10"),
+    Run("CUT", "paper-facades", CUT_FACADES),
+    Run("CUT", "paper-facades-buffer-50", f"{CUT_FACADES} --buffer-size 50"),
+    Run("CUT", "paper-facades-patches-64", f"{CUT_FACADES} --num-patches 64"),
+    Run("CUT", "paper-facades-no-detach", f"{CUT_FACADES} --no-detach"),
+    Run("CUT", "paper-monet", "--data-folder monet2photo --swap-xy --epochs 400"),
+    Run("cycleGAN", "paper-monet", "--data-folder monet2photo --epochs 200"),
+]
+METHODS = ("pix2pix", "cycleGAN", "CUT")
 
 
-def number(text):
-    """An argparse type: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
-    return int(text)
+def parse(parser, argv):
+    """Adds the flags that choose runs to a parser, and parses argv. args.runs is the choice."""
+    parser.usage, parser.allow_abbrev = argparse.SUPPRESS, False  # without usage, one-line errors
+    flag = parser.add_argument
+    flag("only", nargs="*", metavar="RUN", help="beginning of a name, or a question [all runs]")
+    flag("--scale", choices=["cpu", "paper"], default="cpu", help="paper: 256 px, full length")
+    flag("--data-root", type=Path, default=ROOT / "datasets", help="folder of the datasets")
+    flag("--output-root", type=Path, default=ROOT, help="folder of visualize/ and <method>/model/")
+    args = parser.parse_args(argv)
+    args.data_root, args.output_root = args.data_root.resolve(), args.output_root.resolve()
+    names, table = args.only or [""], RUNS if args.scale == "cpu" else PAPER
+    asked = [run for run in table if set(names) & set(run.questions.split())]
+    args.runs = [run for run in table if run in asked or run.name.startswith(tuple(names))]
+    if not args.runs:
+        parser.error(f"no run or question is called {' or '.join(names)}; see run.py --dry-run")
+    return args
 
 
 def parse_args(argv=None):
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("run.py", description=__doc__, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("--dry-run", action="store_true", help="print the commands only [off]")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or beginnings [all]")
-    parser.add_argument("--questions", nargs="+", type=int, choices=QUESTIONS, help="[all]")
-    parser.add_argument("--seeds", nargs="+", type=int, help="of these seeds only [all]")
-    parser.add_argument("--data-root", type=Path, default=ROOT / "datasets", help="[datasets/]")
-    parser.add_argument("--jobs", type=number, default=1, help="runs at a time [1]")
-    args = parser.parse_args(argv)
-    args.data_root = args.data_root.expanduser().resolve()
-    if not chosen(args):
-        parser.error("--only, --questions and --seeds leave no run; --dry-run lists all")
-    return args
+    parser = argparse.ArgumentParser("run.py", None, __doc__, formatter_class=style)
+    flag = parser.add_argument
+    flag("--dry-run", action="store_true", help="print the commands, and the hours if known")
+    flag("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
+    flag("--minutes", type=float, default=math.inf, help="save and stop after this long [no limit]")
+    steps = {"type": float, "nargs": 3, "metavar": METHODS, "default": [0.0] * 3}
+    flag("--seconds-per-step", **steps, help="of each method, for the hours [unknown]")
+    flag("--measure", action="store_true", help="find them: two short trainings of each run [off]")
+    return parse(parser, argv)
 
 
-def chosen(args):
-    """(experiment, seed) pairs: the first seed of all, then the second, ..."""
-    wanted = []
-    for round_ in range(max(len(e.seeds) for e in EXPERIMENTS)):
-        for experiment in EXPERIMENTS:
-            if round_ < len(experiment.seeds):
-                wanted.append((experiment, experiment.seeds[round_]))
-    if args.only:
-        wanted = [(e, s) for e, s in wanted if full_name(e, s).startswith(tuple(args.only))]
-    if args.questions:
-        wanted = [(e, s) for e, s in wanted if set(e.questions) & set(args.questions)]
-    return [(e, s) for e, s in wanted if not args.seeds or s in args.seeds]
+def command(run):
+    """What a reader would type, as words. The same command starts and resumes the run."""
+    words = ["python", f"{run.method}/train.py", *shlex.split(run.flags), "--run-name", run.name]
+    return [*words, "--save-model", "--resume"]
 
 
-def full_name(experiment, seed):
-    """The run's name, a folder below visualize/<method>/."""
-    return f"{experiment.name}-seed-{seed}"
+def paths(args, run):
+    """The folder with the run's losses.csv, args.json and grids, and its checkpoint."""
+    root, method, name, *_ = args.output_root, *run
+    return root / "visualize" / method / name, root / method / "model" / name / "checkpoint.pt"
 
 
-def command(experiment, seed):
-    """The command line that a reader would type, as a list; without --data-root."""
-    script = f"{experiment.method}/train.py"
-    named = ["--seed", str(seed), "--run-name", full_name(experiment, seed), "--save-model"]
-    return ["python", script, *shlex.split(experiment.flags), *named]
+def epochs_left(args, run):
+    """How many epochs are to be trained; at least 1 if losses.csv is newer than the checkpoint."""
+    epochs, (folder, model) = int(re.search(r"--epochs (\d+)", run.flags)[1]), paths(args, run)
+    losses = folder / "losses.csv"
+    if not (model.exists() and losses.exists()):
+        return epochs
+    done = len(losses.read_text().splitlines()) - 1
+    return max(losses.stat().st_mtime > model.stat().st_mtime, epochs - done)
 
 
-def run_folder(root, experiment, seed):
-    """Where the checkout `root` has a run's losses.csv and args.json."""
-    return root / "visualize" / experiment.method / full_name(experiment, seed)
+def print_plan(args):
+    """The commands, and what is left: steps (of the whole dataset if none is here), and hours."""
+    total, times = 0.0, dict(zip(METHODS, args.seconds_per_step, strict=True))
+    for run in args.runs:
+        folder = args.data_root / re.search(r"--data-folder (\S+)", run.flags)[1]
+        sides = [folder / side for side in ("train", "train/x", "train/y", "trainA", "trainB")]
+        counts = [len(list(side.glob("*.*"))) for side in sides if side.is_dir()]
+        steps = epochs_left(args, run) * max(counts, default=6287 if "monet" in run.name else 400)
+        print(shlex.join(command(run)), f" # {steps} steps", end="")
+        if seconds := times[run.method] or (args.measure and steps and measure(args, run)):
+            total += steps * seconds / 3600
+            print(f", {steps * seconds / 3600:.1f} hours at {seconds:.3f} s each", end="")
+        print(flush=True)
+    print(f"# {total:.1f} hours in all; --measure or --seconds-per-step gives unknown ones")
 
 
-def epochs_done(root, experiment, seed):
-    """How many epochs of a run are in its losses.csv."""
-    path = run_folder(root, experiment, seed) / "losses.csv"
-    if not path.exists():
-        return 0
-    with open(path, newline="") as file:
-        return max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+def measure(args, run):
+    """Seconds per step on this machine: two short runs, of which one has ten steps more."""
+    seconds = []
+    for steps in ("3", "13"):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [sys.executable, *command(run)[1:-2], "--max-steps", steps]
+            words += ["--data-root", args.data_root, "--output-root", folder]
+            start = time.monotonic()
+            if Popen(words, cwd=ROOT, stdout=DEVNULL).wait():
+                sys.exit(2)  # it has said why
+            seconds.append(time.monotonic() - start)
+    return max(0.0, seconds[1] - seconds[0]) / 10
 
 
-def epochs_wanted(experiment):
-    """The --epochs of an experiment."""
-    words = shlex.split(experiment.flags)
-    return int(words[words.index("--epochs") + 1])
-
-
-class Runner:
-    """Runs commands, each on its share of the cores; Ctrl-C and SIGTERM stop all of them."""
-
-    def __init__(self, args):
-        self.args, self.children, self.stopping = args, set(), threading.Event()
-
-    def stop(self, *_):
-        self.stopping.set()
-        for child in list(self.children):
-            child.send_signal(signal.SIGTERM)
-
-    def run(self, experiment, seed):
-        """Trains, or goes on with, one run. Returns whether it is complete."""
-        name = full_name(experiment, seed)
-        # Without one: the runs that the repository shows, and those ended before their first.
-        checkpoint = ROOT / experiment.method / "model" / name / "checkpoint.pt"
-        has_checkpoint = checkpoint.exists()
-        if has_checkpoint and epochs_done(ROOT, experiment, seed) >= epochs_wanted(experiment):
-            losses = run_folder(ROOT, experiment, seed) / "losses.csv"
-            if checkpoint.stat().st_mtime >= losses.stat().st_mtime:  # else it was not saved
-                return True
-        if self.stopping.is_set():
-            return False
-        words = [sys.executable, *command(experiment, seed)[1:]]
-        if has_checkpoint:
-            words = [*words[:2], "--run-name", name, "--resume"]
-        elif run_folder(ROOT, experiment, seed).exists():
-            words.append("--overwrite")
-        words += ["--data-root", str(self.args.data_root), "--num-workers", "0"]
-        cores = max(1, (os.cpu_count() or 1) // self.args.jobs)
-        log = run_folder(ROOT, experiment, seed) / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
-        with open(log, "a") as file:
-            child = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
-            )
-            self.children.add(child)
-            status = child.wait()
-            self.children.discard(child)
-        if status and not self.stopping.is_set():
-            print(f"{experiment.method} {name}: exit status {status}, see {log}", file=sys.stderr)
-        return status == 0
+def train(args):
+    """Trains what is left. After a signal or --minutes the runs in progress save and end."""
+    waiting, children = [run for run in args.runs if epochs_left(args, run)], {}
+    stops, end = [], time.monotonic() + 60 * args.minutes
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stops.append(True))
+    common = ["--data-root", args.data_root, "--output-root", args.output_root]
+    common += ["--num-workers", "0"] * (args.scale == "cpu")
+    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))  # each has its share of the cores
+    (logs := args.output_root / "results" / "experiments").mkdir(parents=True, exist_ok=True)
+    options = {"env": os.environ | {"OMP_NUM_THREADS": threads}, "start_new_session": True}
+    while waiting or children:
+        while waiting and len(children) < args.jobs:
+            words = [sys.executable, *command(run := waiting.pop(0))[1:], *common]
+            with open(logs / f"{run.method}-{run.name}.log", "a") as log:
+                children[run] = Popen(words, cwd=ROOT, stdout=log, stderr=log, **options)
+        time.sleep(0.2)
+        if stops or time.monotonic() > end:
+            for child in children.values():
+                child.terminate()
+            for child in children.values():
+                child.wait()
+            return
+        for run in [run for run, child in children.items() if child.poll() is not None]:
+            if children.pop(run).returncode:
+                print(f"{run.method} {run.name} failed: see its log in {logs}", file=sys.stderr)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    wanted = chosen(args)
     if args.dry_run:
-        for experiment, seed in wanted:
-            print(shlex.join(command(experiment, seed)))
-        return 0
-    runner = Runner(args)
-    signal.signal(signal.SIGINT, runner.stop)
-    signal.signal(signal.SIGTERM, runner.stop)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(lambda pair: runner.run(*pair), wanted))
-    print(f"{sum(done)} of {len(done)} runs are complete")
-    return 0 if all(done) else 1
+        return print_plan(args)
+    train(args)
+    left = sum(epochs_left(args, run) > 0 for run in args.runs)
+    print(f"{len(args.runs) - left} of {len(args.runs)} runs are complete")
+    return int(left > 0)
 
 
 if __name__ == "__main__":
