@@ -193,14 +193,15 @@ def build_data(args):
     """The training images, and the test images or, if there are none, eight training images."""
     train_set, test_set = (UnpairedDataset(args, s, s == "train") for s in ("train", "test"))
     if not all(train_set.sides):
-        hint = "python datasets/prepare.py makes it of two folders: unpaired DIR_X DIR_Y NAME"
-        hint = f"{hint}, or of pairs: split {args.data_folder} NAME"
+        hint = "use datasets/prepare.py unpaired DIR_X DIR_Y NAME or, for pairs, split PAIRS NAME"
         raise layout_error(args, "images in train/x and train/y, or trainA and trainB", hint)
     if not all(test_set.sides):
         test_set.sides = [side[:8] for side in train_set.sides]
         note("test", "test/x or test/y has no images: the grids show eight training images")
     if true_pairs(test_set):
-        note("pairs", "test/x and test/y have equal names and sizes: they count as true pairs")
+        note("pairs", "each x of test/ has a y of its name and size: the error to it is measured")
+    for index in range(min(8, len(train_set))):  # notes what is odd, before loading processes can
+        train_set[1, index]
     return train_set, test_set
 
 

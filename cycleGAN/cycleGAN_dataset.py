@@ -120,9 +120,6 @@ class UnpairedDataset(torch.utils.data.Dataset):
     def __len__(self):
         return max(map(len, self.sides))
 
-    def __str__(self):
-        return f"{len(self.sides[0])} x and {len(self.sides[1])} y"
-
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([self.args.seed, epoch, index + 1])  # + 1: 0 is the order's

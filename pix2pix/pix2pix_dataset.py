@@ -115,9 +115,6 @@ class PairDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files)
 
-    def __str__(self):
-        return f"{len(self)} pairs"
-
     def __getitem__(self, key):
         epoch, index = key
         file, rng = self.files[index], np.random.default_rng([self.args.seed, epoch, index + 1])

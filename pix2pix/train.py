@@ -135,13 +135,14 @@ def build_data(args):
     names = ("train", "test", "val")
     train_set, *test_sets = (PairDataset(args, name, name == "train") for name in names)
     if not train_set.files:
-        hint = "cycleGAN and CUT train on two sides; datasets/prepare.py pairs DIR_X DIR_Y NAME"
-        hint = f"{hint} makes pairs of images of the same name"
+        hint = "cycleGAN and CUT train on two sides; datasets/prepare.py pairs glues equal names"
         raise layout_error(args, "pairs in train/, y in the left half and x in the right", hint)
     test_set = next((s for s in test_sets if s.files), test_sets[0])
     if not test_set.files:
         test_set.files = train_set.files[:8]
         note("test", "no images in test/ or val/: the grids show the first eight training images")
+    for index in range(min(8, len(train_set))):  # notes what is odd, before loading processes can
+        train_set[1, index]
     return train_set, test_set
 
 
