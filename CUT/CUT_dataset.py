@@ -1,6 +1,4 @@
-"""Two sides of images for CUT: datasets/<name>/{train,test}/{x,y}/*, or the authors' trainA,
-trainB, testA, testB (A is x, B is y). The sides may differ in number. --swap-xy swaps them.
-"""
+"""Two sides of images for CUT: datasets/<name>/{train,test}/{x,y}/*, or trainA and trainB."""
 
 import io
 import sys
@@ -74,16 +72,15 @@ def load_rgb(path):
 
 
 def augmentation(args, training):
-    """PIL images to uint8 tensors (3, image_size, image_size). One call has one crop and one flip.
-
-    Without `training`: resized, cropped at the centre, never flipped.
+    """PIL images to uint8 tensors (3, image_size, image_size). One call has one crop and one flip;
+    without `training`, the crop is at the centre and there is no flip.
     """
     jitter = training and args.jitter
     size = args.load_size if jitter else args.image_size
-    resized = size if args.fit == "crop" else (size, size)  # one number: the short side
-    crop = v2.RandomCrop(args.image_size) if jitter else v2.CenterCrop(args.image_size)
+    size = size if args.fit == "crop" else (size, size)  # one number: the short side
+    resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+    crop = (v2.RandomCrop if jitter else v2.CenterCrop)(args.image_size)
     flip = v2.RandomHorizontalFlip(0.5 if training and args.flip else 0.0)
-    resize = v2.Resize(resized, v2.InterpolationMode.BICUBIC)
     return v2.Compose([resize, crop, flip, v2.PILToTensor()])
 
 
@@ -93,9 +90,8 @@ def to_unit(images):
 
 
 def epoch_batches(length, batch_size, seed, epoch, rank=0, world_size=1):
-    """One epoch as a list of batches of (epoch, index), in an order set by seed and epoch alone.
-
-    Each of world_size processes gets equally many; up to world_size - 1 images are left out.
+    """One epoch: batches of (epoch, index), in an order set by seed and epoch alone. Each of
+    world_size processes gets equally many; up to world_size - 1 images are left out.
     """
     order = np.random.default_rng([seed, epoch]).permutation(length).tolist()
     keys = [(epoch, index) for index in order[: length - length % world_size]]
@@ -104,34 +100,31 @@ def epoch_batches(length, batch_size, seed, epoch, rank=0, world_size=1):
 
 
 def find_side(args, split, side):
-    """The images of side "x" or "y", in split/x or splitA (B for y), in any letter case."""
+    """The images of side "x" or "y": in split/x or split/X, or in the authors' splitA (B for y)."""
     root = Path(args.data_root) / args.data_folder
-    names = (f"{split}/{side}", split + {"x": "a", "y": "b"}[side])
-    folders = [f for pattern in ("*/", "*/?/") for f in sorted(root.glob(pattern))]
-    folders = [f for f in folders if f.relative_to(root).as_posix().lower() in names]
+    names = {"x": ("/[xX]/", "[aA]/"), "y": ("/[yY]/", "[bB]/")}[side]
+    folders = [folder for name in names for folder in sorted(root.glob(split + name))]
     return [file for folder in folders for file in list_images(folder)]
 
 
 class UnpairedDataset(torch.utils.data.Dataset):
-    """dataset[epoch, index] -> (x, y), each (3, image_size, image_size), uint8, of no common scene.
-
-    An epoch is the longer side; the shorter one is sampled. What is random depends on seed, epoch
-    and index alone, so any number of workers gives the same images.
+    """dataset[epoch, index] -> (x, y), each (3, image_size, image_size), uint8. An epoch is the
+    longer side, x if equal; the other is sampled. Random by seed, epoch and index alone.
     """
 
     def __init__(self, args, split, training):
         self.args, self.transform = args, augmentation(args, training)
         self.sides = [find_side(args, split, side) for side in ("yx" if args.swap_xy else "xy")]
-        self.longer = max(self.sides, key=len)
         self.files = self.sides[0] + self.sides[1]
 
     def __len__(self):
-        return len(self.longer)
+        return max(map(len, self.sides))
 
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([self.args.seed, epoch, index + 1])  # + 1: 0 is the order's
-        files = [s[index if s is self.longer else rng.integers(len(s))] for s in self.sides]
+        longer = max(self.sides, key=len)
+        files = [s[index if s is longer else rng.integers(len(s))] for s in self.sides]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
             return tuple(self.load(file) for file in files)

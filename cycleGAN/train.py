@@ -7,8 +7,8 @@ visualize/cycleGAN/<run-name>/.
 """
 
 import copy
-import difflib
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from cycleGAN_flags import parse_args
@@ -21,7 +21,7 @@ from PIL import Image
 from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
-from cycleGAN_dataset import UnpairedDataset, UserError, to_unit
+from cycleGAN_dataset import UnpairedDataset, UserError, note, to_unit
 from cycleGAN_model import (
     DownSampler,
     ImageBuffer,
@@ -181,34 +181,40 @@ def build_data(args):
     """The training images, and the test images or, if there are none, eight training images."""
     train_set, test_set = (UnpairedDataset(args, s, s == "train") for s in ("train", "test"))
     if not all(train_set.sides):
-        hint = "python datasets/prepare.py makes such a dataset of two folders, or of pairs"
-        raise layout_error(args, "train/x and train/y, or trainA and trainB", hint)
+        hint = "use datasets/prepare.py unpaired DIR_X DIR_Y NAME or, for pairs, split PAIRS NAME"
+        raise layout_error(args, "images in train/x and train/y, or trainA and trainB", hint)
     if not all(test_set.sides):
         test_set.sides = [side[:8] for side in train_set.sides]
-        print("there are no test images: the grids show training images")
+        note("test", "test/x or test/y has no images: the grids show eight training images")
+    if true_pairs(test_set):
+        note("pairs", "each x of test/ has a y of its name and size: the error to it is measured")
+    for index in range(min(8, len(train_set))):  # notes what is odd, before loading processes can
+        train_set[1, index]
     return train_set, test_set
 
 
 def true_pairs(test_set):
     """Whether each x has a y of the same name and size, which then counts as its translation."""
-
-    def facts(side):
-        return [(file.stem, Image.open(file).size) for file in side]
-
-    return facts(test_set.sides[0]) == facts(test_set.sides[1])
+    x, y = ([(file.stem, Image.open(file).size) for file in side] for side in test_set.sides)
+    return x == y
 
 
-def layout_error(args, expected, hint="see datasets/README.md"):
+def layout_error(args, expected, hint):
     """The UserError for a dataset that does not exist or is not laid out as `expected`."""
-    root, folder = Path(args.data_root), Path(args.data_root) / args.data_folder
-    sets = sorted(f.name for f in root.iterdir() if f.is_dir()) if root.is_dir() else []
-    near = [part for part in Path(args.data_folder).parts if part in sets]
-    near = near or difflib.get_close_matches(args.data_folder, sets, 1)
-    if near and near[0] != args.data_folder:
-        hint = f"did you mean --data-folder {near[0]}?"
-    found = sorted(f.name for f in folder.iterdir())[:8] if folder.is_dir() else sets[:8]
-    where = f"{folder} contains" if folder.is_dir() else f"no folder {folder}; {root} contains"
-    return UserError(f"{where} {', '.join(found) or 'nothing'}; expected {expected}; {hint}")
+    name, folder = Path(args.data_folder), Path(args.data_root, args.data_folder)
+    where, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
+    found = sorted(file.relative_to(folder).as_posix() for file in found)
+    sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
+    near = [part for part in name.parts if part in sets]  # one level too deep, or a path
+    if not folder.is_dir():
+        where, found = f"no folder {folder}; {args.data_root} contains", sets
+        hint = "python datasets/prepare.py lays out your own images, make_toy.py generates some"
+        near = near or get_close_matches(name.name, sets, 1)
+        download = Path(__file__).parents[1] / "datasets" / "download.py"
+        if download.is_file() and f'"{name}": (' in download.read_text():  # a key of its DATASETS
+            near, hint = [], f"python datasets/download.py {name} downloads it"
+    hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"
+    return UserError(f"{where} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
 
 
 # Differs from pix2pix/train.py: both directions, and what the translation does to light and dark

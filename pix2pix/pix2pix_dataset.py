@@ -75,16 +75,15 @@ def load_rgb(path):
 
 
 def augmentation(args, training):
-    """PIL images to uint8 tensors (3, image_size, image_size). One call has one crop and one flip.
-
-    Without `training`: resized, cropped at the centre, never flipped.
+    """PIL images to uint8 tensors (3, image_size, image_size). One call has one crop and one flip;
+    without `training`, the crop is at the centre and there is no flip.
     """
     jitter = training and args.jitter
     size = args.load_size if jitter else args.image_size
-    resized = size if args.fit == "crop" else (size, size)  # one number: the short side
-    crop = v2.RandomCrop(args.image_size) if jitter else v2.CenterCrop(args.image_size)
+    size = size if args.fit == "crop" else (size, size)  # one number: the short side
+    resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+    crop = (v2.RandomCrop if jitter else v2.CenterCrop)(args.image_size)
     flip = v2.RandomHorizontalFlip(0.5 if training and args.flip else 0.0)
-    resize = v2.Resize(resized, v2.InterpolationMode.BICUBIC)
     return v2.Compose([resize, crop, flip, v2.PILToTensor()])
 
 
@@ -94,9 +93,8 @@ def to_unit(images):
 
 
 def epoch_batches(length, batch_size, seed, epoch, rank=0, world_size=1):
-    """One epoch as a list of batches of (epoch, index), in an order set by seed and epoch alone.
-
-    Each of world_size processes gets equally many; up to world_size - 1 images are left out.
+    """One epoch: batches of (epoch, index), in an order set by seed and epoch alone. Each of
+    world_size processes gets equally many; up to world_size - 1 images are left out.
     """
     order = np.random.default_rng([seed, epoch]).permutation(length).tolist()
     keys = [(epoch, index) for index in order[: length - length % world_size]]
@@ -124,9 +122,9 @@ class PairDataset(torch.utils.data.Dataset):
         width, height = pair.width // 2, pair.height
         if pair.width % 2:
             raise UserError(f"{file} is {pair.width} pixels wide; a pair has two equal halves")
-        if self.args.fit == "stretch" and not 3 / 4 <= width / height <= 4 / 3:
-            size = f"{file} is {pair.width}x{height}, so its halves are not square"
-            note("aspect", f"{size}: if they are a pair, --fit crop keeps the aspect")
+        if not 0.76 < width / height < 1.34:  # 0.75: a photo of 3:2, unlikely to be a pair
+            ask = "is it a pair?" if self.args.fit == "crop" else "--fit crop keeps a pair's aspect"
+            note("aspect", f"{file} is {pair.width}x{height}, not twice as wide as high: {ask}")
         y, x = pair.crop((0, 0, width, height)), pair.crop((width, 0, 2 * width, height))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(2**63)))

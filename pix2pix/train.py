@@ -6,8 +6,8 @@ Networks, https://arxiv.org/abs/1611.07004). Grids and losses go to visualize/pi
 """
 
 import copy
-import difflib
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 from pix2pix_flags import parse_args
@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 from tqdm import tqdm
 
-from pix2pix_dataset import PairDataset, UserError, to_unit
+from pix2pix_dataset import PairDataset, UserError, note, to_unit
 from pix2pix_model import PatchDiscriminator, UNetGenerator, initialize_weights
 from pix2pix_run import (
     Run,
@@ -131,33 +131,37 @@ def build(args, device):
 
 
 def build_data(args):
-    """The training pairs; the pairs of test/ or, if empty, of val/ or eight training pairs."""
-    train_set, test_set = (
-        PairDataset(args, split, split == "train") for split in ("train", "test")
-    )
+    """The training pairs; the pairs of test/, or if it has none, of val/, or eight of training."""
+    names = ("train", "test", "val")
+    train_set, *test_sets = (PairDataset(args, name, name == "train") for name in names)
     if not train_set.files:
-        hint = "cycleGAN and CUT train on two sides; see datasets/README.md"
-        raise layout_error(
-            args, "image pairs in train/, y in the left half and x in the right", hint
-        )
-    test_set = test_set if test_set.files else PairDataset(args, "val", training=False)
+        hint = "cycleGAN and CUT train on two sides; datasets/prepare.py pairs glues equal names"
+        raise layout_error(args, "pairs in train/, y in the left half and x in the right", hint)
+    test_set = next((s for s in test_sets if s.files), test_sets[0])
     if not test_set.files:
         test_set.files = train_set.files[:8]
-        print("there are no test images: the grids show training images")
+        note("test", "no images in test/ or val/: the grids show the first eight training images")
+    for index in range(min(8, len(train_set))):  # notes what is odd, before loading processes can
+        train_set[1, index]
     return train_set, test_set
 
 
-def layout_error(args, expected, hint="see datasets/README.md"):
+def layout_error(args, expected, hint):
     """The UserError for a dataset that does not exist or is not laid out as `expected`."""
-    root, folder = Path(args.data_root), Path(args.data_root) / args.data_folder
-    sets = sorted(f.name for f in root.iterdir() if f.is_dir()) if root.is_dir() else []
-    near = [part for part in Path(args.data_folder).parts if part in sets]
-    near = near or difflib.get_close_matches(args.data_folder, sets, 1)
-    if near and near[0] != args.data_folder:
-        hint = f"did you mean --data-folder {near[0]}?"
-    found = sorted(f.name for f in folder.iterdir())[:8] if folder.is_dir() else sets[:8]
-    where = f"{folder} contains" if folder.is_dir() else f"no folder {folder}; {root} contains"
-    return UserError(f"{where} {', '.join(found) or 'nothing'}; expected {expected}; {hint}")
+    name, folder = Path(args.data_folder), Path(args.data_root, args.data_folder)
+    where, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
+    found = sorted(file.relative_to(folder).as_posix() for file in found)
+    sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
+    near = [part for part in name.parts if part in sets]  # one level too deep, or a path
+    if not folder.is_dir():
+        where, found = f"no folder {folder}; {args.data_root} contains", sets
+        hint = "python datasets/prepare.py lays out your own images, make_toy.py generates some"
+        near = near or get_close_matches(name.name, sets, 1)
+        download = Path(__file__).parents[1] / "datasets" / "download.py"
+        if download.is_file() and f'"{name}": (' in download.read_text():  # a key of its DATASETS
+            near, hint = [], f"python datasets/download.py {name} downloads it"
+    hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"
+    return UserError(f"{where} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
 
 
 @torch.no_grad()

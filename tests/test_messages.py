@@ -1,0 +1,83 @@
+"""What a user reads after a mistake: one line with the remedy, exit status 2, no traceback."""
+
+import pytest
+
+from conftest import METHODS, load_script, write_pairs, write_unpaired
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture
+def error(tmp_path, capsys):
+    """error(method, *flags) is the line that train.py ends with. Datasets: toy, sides, own."""
+    write_unpaired(write_unpaired(write_pairs(tmp_path, "toy"), "sides"), "own")
+    (tmp_path / "own" / "train" / "x").rename(tmp_path / "own" / "train" / "cats")
+    (tmp_path / "own" / "train" / "y").rename(tmp_path / "own" / "train" / "dogs")
+    roots = ["--data-root", str(tmp_path), "--output-root", str(tmp_path / "runs")]
+
+    def run(method, *flags):
+        small = ["--image-size", "32", "--ngf", "2", "--ndf", "2", "--num-workers", "0"]
+        try:
+            status = load_script(method).main([*roots, *small, *flags])
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        [line] = [line for line in captured.err.splitlines() if line[:6] != "note: "]
+        assert status == 2 and line.startswith("train.py: error: ")
+        return line
+
+    return run
+
+
+@every_method
+@pytest.mark.parametrize("typed, meant, methods", [
+    ("--batchsize", "--batch-size", METHODS), ("--batch_size", "--batch-size", METHODS),
+    ("--n-epochs", "--epochs", METHODS), ("--n_epochs", "--epochs", METHODS),
+    ("--dataroot", "--data-root", METHODS), ("--name", "--run-name", METHODS),
+    ("--lambda_L1", "--l1-ratio", ["pix2pix"]), ("--netG", "--n-layers", ["cycleGAN", "CUT"]),
+])  # fmt: skip
+def test_a_mistyped_flag_or_one_of_the_authors(error, method, typed, meant, methods):
+    line = error(method, typed, "4")
+    assert f"unknown flag {typed}" in line and (f"did you mean {meant}?" in line) == (
+        method in methods
+    )
+
+
+@every_method
+@pytest.mark.parametrize("folder, expected", [
+    ("own", "prepare.py"), ("toy/train", "did you mean --data-folder toy?"),
+    ("datasets/{right}", "did you mean --data-folder {right}?"), ("{wrong}", "{remedy}"),
+    ("sidez", "did you mean --data-folder sides?"), ("mine", "prepare.py lays out your own"),
+    ("horse2zebra", "download.py horse2zebra"), ("facades", "download.py facades"),
+])  # fmt: skip
+def test_a_dataset_that_cannot_be_used(error, method, folder, expected):
+    pairs = method == "pix2pix"
+    words = {"right": "toy" if pairs else "sides", "wrong": "sides" if pairs else "toy"}
+    words["remedy"] = "cycleGAN and CUT train on two sides" if pairs else "split PAIRS NAME"
+    line = error(method, "--data-folder", folder.format(**words))
+    assert expected.format(**words) in line and "; expected " in line
+    assert ("download.py" in line) == (folder in ("horse2zebra", "facades"))
+    assert folder != "own" or ("train/cats, train/dogs" in line and "prepare.py" in line)
+
+
+@every_method
+def test_a_device_that_does_not_exist(error, method):
+    line = error(method, "--device", "gpu")
+    assert "--device gpu" in line and "use auto, cpu, cuda, cuda:1 or mps" in line
+
+
+@every_method
+def test_resume_alone_lists_the_runs_that_can_be_resumed(error, method, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / "runs" / method / "model" / name).mkdir(parents=True)
+        (tmp_path / "runs" / method / "model" / name / "checkpoint.pt").touch()
+    line = error(method, "--resume")
+    assert "--run-name" in line and "first, second" in line
+
+
+@every_method
+def test_an_unreadable_training_image_is_named_at_the_start(error, method, tmp_path):
+    data = "toy" if method == "pix2pix" else "sides"
+    file = sorted((tmp_path / data / "train").rglob("*.png"))[1]
+    file.write_bytes(file.read_bytes()[:99])
+    assert f"cannot read {file}: " in error(method, "--data-folder", data)
