@@ -1,368 +1,150 @@
-"""Applies a trained pix2pix generator (Isola et al. 2017, https://arxiv.org/abs/1611.07004) to
-pictures of any size. Each becomes a PNG of its own name and size.
+"""Apply a trained pix2pix generator (Isola et al. 2017, https://arxiv.org/abs/1611.07004) to images
+of any size. Each becomes a PNG of its own name and size.
 
-    python pix2pix/translate.py --checkpoint pix2pix/model/facades/checkpoint.pt \\
+    python pix2pix/translate.py --checkpoint visualize/pix2pix/facades \\
         --input datasets/facades_unpaired/test/x --output results/facades
-    python pix2pix/translate.py --checkpoint latest_net_G.pth --input a.png --output results
-
---checkpoint takes what train.py --save-model wrote, and the *_net_G.pth of a U-Net that the
-authors' PyTorch code wrote. As in training's grids, dropout is on, always with the same draw, and
-batch norm takes the statistics of the one picture. A model of --onnx has no dropout, which would be
-another one at each call: it computes what --no-dropout does.
-
-What is in --output already is kept, so that the same command goes on where it stopped. The exit
-status is 1 if a picture could not be read, 2 after any other error.
 """
 
-import argparse
-import hashlib
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-METHOD = "pix2pix"
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def add_common_flags(parser):
-    """The flags that pix2pix, cycleGAN and CUT share."""
-    flag = parser.add_argument
-    flag("--checkpoint", type=Path, required=True, help="checkpoint.pt, or the authors' net_G.pth")
-    flag("--input", type=Path, help="a picture, or a folder of pictures")
-    flag("--output", type=Path, help="the folder that the PNG files go to")
-    flag("--size", type=int, help="pixels to resize the short side to first [the picture's own]")
-    flag("--keep-gray", action="store_true", help="gray pictures give gray results [off: RGB]")
-    flag("--overwrite", action="store_true", help="make results anew that are there already [off]")
-    onnx = "also write the generator as an ONNX model of free height and width [off]"
-    flag("--onnx", type=Path, metavar="FILE", help=onnx)
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    kinds = ["fp32", "tf32", "bf16"]
-    flag("--precision", choices=kinds, default="fp32", help="of the network's arithmetic [fp32]")
-    parser.set_defaults(compile=False, resume=False)
-
-
-def check_common_flags(parser, args):
-    """Cross-checks."""
-    if args.size is not None and args.size < 1:
-        parser.error(f"--size {args.size}: wanted is a number of pixels from 1 on")
-    if bool(args.input) != bool(args.output):
-        parser.error("--input and --output belong together: give both")
-    if not (args.input or args.onnx):
-        parser.error("nothing to do: give --input and --output, or --onnx, or all three")
-    if args.onnx and args.onnx.is_dir():
-        parser.error(f"--onnx {args.onnx} is a folder: wanted is a file")
+from pix2pix_flags import SWITCH, Parser
 
 
 def parse_args(argv=None):
-    """The flags of pix2pix."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("translate.py", description=__doc__, formatter_class=style, allow_abbrev=False)
-    add_common_flags(parser)
-    switch, draw = argparse.BooleanOptionalAction, "at test time too, as the paper has it [on]"
-    parser.add_argument("--dropout", action=switch, default=True, help=draw)
+    """The flags."""
+    parser = Parser("translate.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--checkpoint", type=Path, required=True, help="checkpoint.pt, or a folder of its run")
+    flag("--input", type=Path, nargs="+", required=True, help="images, or folders of images")
+    flag("--output", type=Path, required=True, help="a folder; for one image also an image file")
+    flag("--size", type=int, default=0, help="resize the short side to this first [0: do not]")
+    flag("--restore-size", action="store_true", help="resize results back to the input's size")
+    flag("--side-by-side", action="store_true", help="write input and result into one image")
+    flag("--skip-existing", action="store_true", help="keep results that exist [overwrite them]")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps [auto]")
+    flag("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="[fp32]")
+    flag("--dropout", action=SWITCH, default=True, help="at test time too, as in the paper [on]")
+    parser.set_defaults(compile=False)
     args = parser.parse_args(argv)
-    check_common_flags(parser, args)
-    return args
+    return args if args.size >= 0 else parser.error(f"--size {args.size} must be positive")
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistyped flags answer here, before torch takes its seconds to load
+    parse_args()  # --help and mistyped flags are answered here, before torch takes its seconds
+
+import signal
+from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from pix2pix_dataset import SUFFIXES, RunError, list_images, load_rgb, to_tensor
+from pix2pix_dataset import SUFFIXES, UserError, list_images, load_rgb, note, to_unit
 from pix2pix_model import UNetGenerator
-from pix2pix_run import StopSignal, pick_device, prepare, replacing
-from train import translate
-
-# ----------------------------------------------------------------------------------- the generator
+from pix2pix_run import Quiet, explain, load_part, pick_device, read_checkpoint, replacing
+from train import prepare, translate
 
 
-def read_generator(args):
-    """The generator of --checkpoint, and the number that height and width must be multiples of."""
-    state = read_state(args.checkpoint)
-    if "method" in state:
-        multiple, ngf = state["args"]["image_size"], state["args"]["ngf"]
-        G = load(UNetGenerator(multiple, ngf), state["G"], args.checkpoint)
-    else:
-        G, multiple = authors_generator(state, args.checkpoint)
-    return G.train(args.dropout), multiple  # batch norm keeps no statistics: the same either way
+def load_generator(args, device):
+    """(x -> G(x), what H and W must be multiples of, the image size in training)."""
+    path = find_checkpoint(args.checkpoint)
+    state = read_checkpoint(path)
+    size, weights = state["args"]["image_size"], state.get("G_ema", state.get("G"))
+    G = UNetGenerator(size, state["args"]["ngf"], state.get("dropout", (1, 2, 3)))
+    for name, layer in G.named_modules():  # convert.py: biases of U-Nets with instance norm
+        if f"{name}.bias" in (weights or {}) and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros(len(weights[f"{name}.bias"])))
+    load_part(G, weights, path)
+    G = prepare(G, args, device).train(args.dropout)  # batch norm is the same in both modes
+    return partial(translate, G), 2 ** len(G.down), size
 
 
-def authors_generator(state, path):
-    """A U-Net with the weights of the authors' pix2pix code, and the multiple that it needs.
-
-    Depth, width and norm are read off the shapes. As in that code's tests, batch norm takes the
-    picture's statistics, not the file's, and dropout is on: no file says whether training had it.
-    """
-    convolutions, norms = authors_layers(state)
-    depth, first = len(convolutions) // 2, convolutions[0]["weight"].shape if convolutions else ()
-    biased = [k for k, layer in enumerate(convolutions) if "bias" in layer]
-    normed = norms or len(biased) == len(convolutions)  # instance norm: biases, but no weights
-    if depth < 5 or first[1:] != (3, 4, 4) or not normed:
-        raise unfit(path, "a U-Net for RGB pictures that halves them 5 times or more", state)
-    # Paper: dropout on the decoder's layers 1 to 3. Authors' PyTorch code: on 2 to 4 of 8.
-    G = UNetGenerator(2**depth, first[0], dropout=range(2, depth - 3))
-    places = [m for m in G.modules() if isinstance(m, CONVOLUTIONS)]
-    for k in {0, depth - 1} & {*biased}:  # no norm follows these two, so the bias counts
-        places[k].bias = nn.Parameter(torch.zeros(len(places[k].weight)))
-    fill(places, convolutions, state, path)
-    if norms:  # without: for one picture instance norm is batch norm with weights 1 and biases 0
-        fill([m for m in G.modules() if isinstance(m, nn.BatchNorm2d)], norms, state, path)
-    return G, 2**depth
-
-
-def apply(G, x):
-    """G(x), with the same dropout for every picture. x: (1, 3, H, W) in [-1, 1]."""
-    return translate(G, x)
-
-
-# ------------------------------------------------- from here on the same in pix2pix, cycleGAN, CUT
-
-CONVOLUTIONS = nn.Conv2d | nn.ConvTranspose2d
-SMALLEST = 32  # pixels a side, as in training: convolutions and norms need some room
-
-
-def read_state(path):
-    """The dict in a file: a checkpoint of train.py, or the authors' weights of one network."""
-    if not path.is_file():
-        where = f"{METHOD}/model/<run-name>/checkpoint.pt"
-        raise RunError(f"no file {path}; train.py --save-model writes {where}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        method = state.get("method")
-        tensors = [state[part] for part in ("args", "G")][-1] if method == METHOD else state
-        if not (method or all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())):
-            raise TypeError("no state dict")
-    except Exception as error:  # a damaged file may raise nearly anything
-        kind = type(error).__name__
-        raise RunError(f"{path} is damaged, or holds no weights of a network ({kind})") from None
-    if method not in (None, METHOD):
-        raise RunError(f"{path} is a checkpoint of {method}: python {method}/translate.py reads it")
-    return state
-
-
-def load(net, weights, path):
-    """net with these weights. RunError where they do not fit."""
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise RunError(f"{path} does not fit the flags that it holds: {reason}") from None
-    return net
-
-
-def authors_layers(state):
-    """The convolutions, and the norms that have weights, of a state dict, in the data's order.
-
-    A key, as module.model.10.conv_block.5.weight or model.model.1.model.3.bias, numbers the place
-    in nested Sequentials. A layer is a dict of tensors. Running statistics come with their norm.
-    """
-    layers = {}
-    for key, tensor in state.items():
-        *path, kind = key.split(".")
-        place = tuple(int(part) for part in path if part.isdecimal())
-        layers.setdefault(place, {})[kind] = tensor
-    layers = [layers[place] for place in sorted(layers) if "weight" in layers[place]]
-    return ([layer for layer in layers if layer["weight"].dim() == dim] for dim in (4, 1))
-
-
-def fill(modules, layers, state, path):
-    """Puts the tensors of layers into modules. RunError where they do not fit.
-
-    A bias that its module lacks is dropped: the norm that follows would take it away again.
-    """
-    try:
-        for module, layer in zip(modules, layers, strict=True):
-            module.load_state_dict({name: layer[name] for name in module.state_dict()})
-    except (KeyError, RuntimeError, ValueError):
-        shape = tuple(module.weight.shape)
-        raise unfit(path, f"{len(modules)} such layers, one of shape {shape}", state) from None
-
-
-def unfit(path, wanted, state):
-    """The RunError for weights of another network."""
-    convolutions, norms = authors_layers(state)
-    first = tuple(convolutions[0]["weight"].shape) if convolutions else "none"
-    found = f"{len(convolutions)} convolutions (first: {first}), {len(norms)} norms with weights"
-    others = "pix2pix/translate.py reads U-Nets, those of cycleGAN and CUT read ResNets"
-    return RunError(f"{path} fits no generator here: wanted {wanted}; found {found}; {others}")
+def find_checkpoint(path):
+    """The checkpoint of a run, if path is one of its two folders; otherwise path."""
+    folder = path.resolve()
+    if folder.parent.parent.name == "visualize":  # visualize/<method>/<run-name>
+        folder = folder.parents[2] / folder.parent.name / "model" / folder.name
+    return folder / "checkpoint.pt" if path.is_dir() else path
 
 
 def plan(args):
-    """The pairs (picture, PNG to make). RunError where a PNG would take another picture's place."""
-    if not args.input.exists():
-        raise RunError(f"no file or folder {args.input}: wanted is a picture, or a folder of them")
-    files = list_images(args.input) if args.input.is_dir() else [args.input]
-    if not files:
-        raise RunError(f"{args.input} holds no pictures; wanted are files *{', *'.join(SUFFIXES)}")
-    if args.output.exists() and not args.output.is_dir():
-        raise RunError(f"--output {args.output} is a file; wanted is a folder")
-    if args.output.resolve() == args.input.resolve():
-        raise RunError(f"--output is --input, {args.input}: results need a folder of their own")
-    jobs, taken = [], {file.resolve(): "one of --input" for file in files}
-    for file in files:
-        target = args.output / f"{file.stem}.png"
-        other = taken.get(target.resolve())
-        if other:
-            raise RunError(f"{file} would become {target}, which is {other}: rename or move one")
-        taken[target.resolve()] = f"what {file} becomes"
-        jobs.append((file, target))
-    return jobs
-
-
-def reflection(side, multiple):
-    """Pads a side to a multiple: (the pixel that each is a reflection of, the place of pixel 0)."""
-    missing = max(-(-side // multiple) * multiple, SMALLEST) - side
-    before = missing // 2
-    return np.pad(np.arange(side), (before, missing - before), mode="reflect"), before
+    """{image: result}, paths. UserError if a result would replace an input or another result."""
+    files, output, results = [], args.output, {}
+    for path in args.input:
+        found = list_images(path) if path.is_dir() else [path] if path.exists() else []
+        if not found:
+            inside = {str(f.parent) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES}
+            hint = f"images in {', '.join(sorted(inside))}" if inside else " ".join(SUFFIXES)
+            raise UserError(f"no images at {path}; expected a file or a folder of files: {hint}")
+        files += found
+    taken = {path.resolve(): "an input" for path in (*args.input, *files)}
+    named = output.suffix.lower() in SUFFIXES and not output.is_dir()
+    for file in dict.fromkeys(files):
+        result = results[file] = output if named else output / f"{file.stem}.png"
+        for place in (output.resolve(), result.resolve()):
+            if place in taken:
+                what = f"{place} is {taken[place]}: rename it, or choose another --output"
+                raise UserError(f"{file} would become {result}, but {what}")
+        taken[result.resolve()] = f"the result of {file}"
+    return results
 
 
 @torch.no_grad()
-def translate_picture(G, image, multiple, device):
-    """The picture that G makes of an RGB picture (PIL), of the same size."""
-    width, height = image.size
-    (rows, top), (columns, left) = reflection(height, multiple), reflection(width, multiple)
-    x = to_tensor(image)[:, rows][:, :, columns]
-    y = apply(G, x[None].to(device))[0, :, top : top + height, left : left + width]
-    levels = ((y + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
-
-
-def resize_short_side(image, size):
-    """A picture (PIL) whose short side is `size` pixels. RunError where it would be huge."""
-    sides = [round(side * size / min(image.size)) for side in image.size]
-    if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
-        raise RunError(f"--size {size} makes pictures of {sides[0]}x{sides[1]}: give a smaller one")
-    return image.resize(sides, Image.Resampling.BICUBIC)
-
-
-def is_gray(image):
-    """Whether red, green and blue of an RGB picture (PIL) are equal everywhere."""
-    levels = np.asarray(image)
-    return bool((levels == levels[:, :, :1]).all())
-
-
-def recipe(args):
-    """What a result depends on beside its picture, as a short text that each PNG carries."""
-    flags = [args.size, args.keep_gray, args.precision, getattr(args, "dropout", None)]
-    flags.append(getattr(args, "direction", None) or "x2y")
-    return hashlib.sha256(args.checkpoint.read_bytes() + repr(flags).encode()).hexdigest()[:16]
-
-
-def recipe_of(path):
-    """The recipe that a PNG carries; None where it has none."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("recipe")
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
-def translate_all(G, multiple, jobs, args, device):
-    """Makes the PNG files. Returns the exit status."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    made_by, this = PngImagePlugin.PngInfo(), recipe(args)
-    made_by.add_text("recipe", this)
-    there = [] if args.overwrite else [target for _, target in jobs if target.exists()]
-    others = [target for target in there if recipe_of(target) != this]
-    if others:
-        which = f"{len(others)} PNG files of another checkpoint or other flags, as {others[0]}"
-        print(f"warning: {which}, are kept; --overwrite makes them anew", file=sys.stderr)
-    todo = [job for job in jobs if args.overwrite or not job[1].exists()]
-    made, unreadable = 0, 0
-    with StopSignal() as stop, tqdm(todo, desc="translate", unit="img") as bar:
-        for file, target in bar:
-            try:
-                image = load_rgb(file)
-            except RunError as error:
-                bar.write(f"translate.py: skipped: {error}", file=sys.stderr)
-                unreadable += 1
-                continue
-            if args.size:
-                image = resize_short_side(image, args.size)
-            try:
-                result = translate_picture(G, image, multiple, device)
-            except RuntimeError as error:  # mostly: out of memory
-                reason = str(error).splitlines()[0]
-                raise RunError(f"{file}, {image.size}: {reason}; try --size") from None
-            if args.keep_gray and is_gray(image):
-                result = result.convert("L")
-            with replacing(target, "wb") as png:
-                result.save(png, "png", pnginfo=made_by)
-            made += 1
-            if stop.caught:
-                break
-    kept, stopped = len(jobs) - len(todo), stop.caught and made + unreadable < len(todo)
-    counts = f"{made} made, {kept} kept that were there, {unreadable} unreadable"
-    print(f"{'stopped' if stopped else 'done'}: {counts}, of {len(jobs)}; see {args.output}")
-    return 128 + stop.caught if stopped else int(unreadable > 0)
-
-
-@torch.no_grad()
-def export_onnx(G, multiple, path):
-    """Writes G without dropout as an ONNX model, x to y, both (1, 3, height, width) in [-1, 1].
-
-    RunError where onnxruntime's y is not torch's.
-    """
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
-    if missing:
-        raise RunError(f"--onnx needs packages that are not here: pip install {' '.join(missing)}")
-    import onnxruntime
-
-    training, side = G.training, max(multiple, SMALLEST)
-    G.eval()
-    free = {"x": {2: "height", 3: "width"}}
-    names = {"input_names": ["x"], "output_names": ["y"], "dynamic_shapes": free}
-    x = torch.zeros(1, 3, 2 * side, 3 * side)
-    model = torch.onnx.export(G, (x,), dynamo=True, verbose=False, **names).model_proto
-    model.doc_string = f"height and width: multiples of {multiple}, at least {SMALLEST}; RGB"
-    onnx_bytes = model.SerializeToString()
-    session = onnxruntime.InferenceSession(onnx_bytes, providers=["CPUExecutionProvider"])
-    for height, width in ((side, 2 * side), (3 * side, side)):
-        x = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        y = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-        error = (y - G(x)).abs().max().item()
-        if not error < 1e-3:
-            raise RunError(f"onnxruntime differs from torch by {error} at {height}x{width}")
-        print(f"{path}: onnxruntime differs from torch by {error:.0e} at {height}x{width}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, "wb") as file:
-        file.write(onnx_bytes)
-    G.train(training)
+def translate_file(file, G, multiple, trained, args, device):
+    """The result for a file of any size, which is padded by reflection: an image (PIL)."""
+    original = load_rgb(file)
+    factor = args.size / min(original.size) if args.size else 1
+    width, height = size = [round(side * factor) for side in original.size]
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"{width}x{height} pixels are too many")
+    if min(size) > 1.5 * trained:
+        with tqdm.external_write_mode(sys.stderr):
+            note("size", f"{width}x{height} is far larger than in training: try --size {trained}")
+    image = original.resize(size, Image.Resampling.BICUBIC)
+    missing = [max(-side % multiple, 32 - side) for side in (height, width)]
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
+    x = np.pad(image, [(top, bottom), (left, right), (0, 0)], mode="reflect")
+    x = to_unit(torch.from_numpy(x).to(device).permute(2, 0, 1)[None].contiguous())
+    y = G(x)[0, :, top : top + height, left : left + width].permute(1, 2, 0)
+    result = Image.fromarray(((y + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
+    if args.restore_size:
+        image, result = original, result.resize(original.size, Image.Resampling.BICUBIC)
+    return Image.fromarray(np.hstack([image, result])) if args.side_by_side else result
 
 
 def main(argv=None):
-    """Runs the command line. Returns the exit status."""
-    args = parse_args(argv)
+    """Runs the command line. Returns the exit status: 1 if an image failed, 2 after an error."""
+    sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
+    args, failed = parse_args(argv), 0
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        device = pick_device(args)
-        # Else the arithmetic, and so a result's last bits, depend on what the GPU does besides.
+        results, device = plan(args), pick_device(args)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        jobs = plan(args) if args.input else []
-        G, multiple = read_generator(args)
-        if args.onnx and args.onnx.exists() and not args.overwrite:
-            print(f"{args.onnx} is there already and kept; --overwrite makes it anew")
-        elif args.onnx:
-            export_onnx(G, multiple, args.onnx)
-        if args.input:
-            return translate_all(prepare(G, args, device), multiple, jobs, args, device)
-    except (RunError, OSError) as error:
-        print(f"translate.py: error: {error}", file=sys.stderr)
+        generator = load_generator(args, device)
+        todo = [(f, r) for f, r in results.items() if not (args.skip_existing and r.exists())]
+        for file, path in (bar := tqdm(todo, unit="img")):
+            try:
+                image = translate_file(file, *generator, args, device)
+            except (UserError, RuntimeError, MemoryError) as error:  # the latter: out of memory
+                reason = (str(error) or "out of memory").splitlines()[0]
+                bar.write(f"translate.py: failed: {file}: {reason}", sys.stderr)
+                failed += 1
+                continue
+            with replacing(path) as png:
+                image.save(png, Image.registered_extensions()[path.suffix.lower()], quality=95)
+    except Exception as error:
+        if explain(error) is None:
+            raise
+        print(f"translate.py: error: {explain(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the first picture
-        return 130
-    return 0
+    kept = len(results) - len(todo)
+    print(f"{len(todo) - failed} translated, {kept} kept, {failed} failed; see {args.output}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
