@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, pad
 
 
 class BlurPool(nn.Module):
-    """Halves H and W after a blur of [1, 2, 1] / 4 each way, against aliasing (Zhang 2019,
+    """Halves H and W after a blur of [1, 2, 1] / 4 along each axis, against aliasing (Zhang 2019,
     https://arxiv.org/abs/1904.11486). (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)).
     """
 
@@ -28,8 +28,7 @@ class BlurPool(nn.Module):
 
 
 class ReflectionPad(nn.ReflectionPad2d):
-    """Reflection padding in the dtype of x. Autocast on CPUs would convert it to fp32 and keep that
-    copy for the backward pass."""
+    """Reflection padding in the dtype of x: CPU autocast would keep an fp32 copy for backward."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -37,7 +36,8 @@ class ReflectionPad(nn.ReflectionPad2d):
 
 
 def norm_relu(channels):
-    """Instance norm without scale and shift, then ReLU. A bias before the norm would cancel out."""
+    """Instance norm, then ReLU. A bias before the norm would cancel out."""
+    # Authors' Lua code: with a learned scale and shift. Authors' PyTorch code, and here: without.
     return [nn.InstanceNorm2d(channels), nn.ReLU()]
 
 
@@ -47,9 +47,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.layers = nn.Sequential(
-            *[ReflectionPad(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            ReflectionPad(1),
+            nn.Conv2d(channels, channels, 3, bias=False),
             *norm_relu(channels),
-            *[ReflectionPad(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            ReflectionPad(1),
+            nn.Conv2d(channels, channels, 3, bias=False),
             nn.InstanceNorm2d(channels),
         )
 
@@ -59,19 +61,16 @@ class ResnetBlock(nn.Module):
 
 def down(channels, antialias):
     """d: a 3x3 convolution to twice as many channels at half the resolution."""
-    if antialias:
-        layers = [nn.Conv2d(channels, 2 * channels, 3, 1, 1, bias=False)]
-        return nn.Sequential(*layers, *norm_relu(2 * channels), BlurPool())
-    return nn.Sequential(
-        nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False), *norm_relu(2 * channels)
-    )
+    stride, blur = (1, [BlurPool()]) if antialias else (2, [])
+    conv = nn.Conv2d(channels, 2 * channels, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, *norm_relu(2 * channels), *blur)
 
 
 def up(channels, antialias):
     """u: a 3x3 convolution to half as many channels at twice the resolution."""
     half = channels // 2
     if antialias:
-        # Zhang 2019: zeros in between, then a blur of [1, 3, 3, 1] / 4: bilinear upsampling.
+        # Zhang 2019: insert zeros, then blur with [1, 3, 3, 1] / 4. That is bilinear upsampling.
         layers = [nn.Upsample(scale_factor=2, mode="bilinear")]
         layers += [nn.Conv2d(channels, half, 3, 1, 1, bias=False)]
     else:
@@ -86,6 +85,7 @@ class ResnetGenerator(nn.Module):
     The paper's names give the widths for ngf = 64; the layers keep them for any ngf.
     """
 
+    # Paper: does not mention antialias. Authors' code: on. Here: off, the layers of CycleGAN.
     def __init__(self, n_layers=9, ngf=64, antialias=False):
         super().__init__()
         first = [ReflectionPad(3), nn.Conv2d(3, ngf, 7, bias=False), *norm_relu(ngf)]
@@ -105,9 +105,9 @@ class ResnetGenerator(nn.Module):
         With taps, names of layers ("pix" is x itself), it returns the image and the list of their
         outputs, each (N, C, h, w). With encode_only it stops at the last tap and returns the list.
         """
-        # Authors' code: taps are module indices, and mean other layers without anti-aliasing: the
-        # padded image, two convolutions before norm and down-sampling, two blocks. Here: layers by
-        # name, after norm, ReLU and down-sampling.
+        # Authors' code: taps are module indices: with anti-aliasing the padded image, two
+        # convolutions before norm and down-sampling, two blocks; without it, other layers. Here:
+        # layers by name, after norm, ReLU and down-sampling.
         features = {"pix": x}
         for name, layer in self.layers.items():
             if encode_only and all(tap in features for tap in taps):
@@ -181,7 +181,7 @@ class ImageBuffer:
 # Differs from pix2pix/pix2pix_model.py: Xavier's width, linear layers, no batch norm
 # Differs from cycleGAN/cycleGAN_model.py: Xavier's width, linear layers, no batch norm
 def initialize_weights(net):
-    """Returns net with Xavier normal weights of gain 0.02, as the authors' code has, biases 0."""
+    """Returns net with Xavier normal weights, gain 0.02, as in the authors' code, and biases 0."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.xavier_normal_(layer.weight, gain=0.02)

@@ -1,9 +1,9 @@
-"""The contrast of CUT (Park et al. 2020, https://arxiv.org/abs/2007.15651): patches of features of
-the input against patches of the output. InfoNCE is the paper's; --nce, --query and --src-ratio
-choose later variants.
+"""The contrast of CUT (Park et al. 2020, https://arxiv.org/abs/2007.15651): patches of the output's
+features against patches of the input's. InfoNCE is the paper's loss; --nce, --query and --src-ratio
+select later variants.
 
     python CUT/train.py --nce hdce --src-ratio 0.05       # trains with one of them
-    python -m pytest tests/test_CUT_nce.py                # compares all with numpy
+    python -m pytest tests/test_nce.py                    # compares all of them with numpy
 """
 
 import math
@@ -16,13 +16,13 @@ from torch.nn.functional import cross_entropy, normalize
 def patch_nce(H, queries, keys, args):
     """Eq. 3, as a mean over taps: each patch of the output against all patches of the input.
 
-    queries, keys: lists over taps of features (N, C, h, w). Returns the NCE and the loss of
-    --src-ratio (0 without it): scalars. Reads --nce, --query, --num-patches, --tau, --detach.
+    queries, keys: lists over taps of features (N, C, h, w). Returns two scalars: the NCE, and the
+    semantic relation loss (0 without --src-ratio).
     """
     contrast = {"infonce": infonce, "ence": ence, "hdce": hdce}[args.nce]
     nce, relations = [], []
     for tap, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        # QS-Attn: attention chooses at the two deepest taps, the last ones; chance at the others.
+        # QS-Attn: attention selects patches at the last two taps; at the others they are random.
         attends = args.query == "attention" and tap >= len(keys) - 2
         choose = attention_patches if attends else random_patches
         where = choose(key.detach(), args.num_patches)  # the same in query and key
@@ -31,7 +31,8 @@ def patch_nce(H, queries, keys, args):
         nce.append(contrast(q, k, args.tau).mean())
         if args.src_ratio > 0:
             relations.append(semantic_relation(q, k.detach()).mean())
-    # Paper: the sum over layers. Authors' code: the mean. Here: the mean; the sum is 5 times it.
+    # Paper: the sum over layers. Authors' code: the mean. Here: the mean, because published results
+    # come from that code; with five taps the sum would be five times as large.
     return sum(nce) / len(nce), sum(relations) / len(keys)
 
 
@@ -46,12 +47,13 @@ class ProjectionHeads(nn.Module):
 
     def forward(self, tap, patches):
         """tap: its index; patches: (N, S, C). Returns unit vectors, (N, S, width)."""
-        # Authors' code: divides by |z| + 1e-7. Here: by max(|z|, 1e-12), torch's normalize.
+        # Authors' code: divides by |z| + 1e-7. Here: by max(|z|, 1e-12), torch's normalize; at the
+        # small initial weights of H this changes the NCE of the first step by 0.2 %.
         return normalize(self.heads[tap](patches).float(), dim=2)
 
 
 def random_patches(feature, num_patches):
-    """Random positions to compare: (S,), S = min(num_patches, H * W). feature: (N, C, H, W)."""
+    """Random positions (S,), S = min(num_patches, H * W), all different. feature: (N, C, H, W)."""
     return torch.randperm(feature[0, 0].numel(), device=feature.device)[:num_patches]
 
 
@@ -70,9 +72,12 @@ def attention_patches(feature, num_patches):
 
 
 def take_patches(feature, where):
-    """(N, S, C) from feature (N, C, H, W): at positions (S,), or mixed by rows (N, S, H * W)."""
-    # Not feature.permute(0, 2, 3, 1): for N = 1 torch's instance norm then computes a wrong
-    # gradient on CPUs, because the one that arrives there has channels-last strides.
+    """Patches (N, S, C) of feature (N, C, H, W).
+
+    where: positions (S,), or weights of all positions for each patch, (N, S, H * W).
+    """
+    # Not feature.permute(0, 2, 3, 1): its gradient has channels-last strides, and for those torch's
+    # instance norm returns a wrong gradient on CPUs when N = 1.
     vectors = feature.flatten(2)  # (N, C, H * W)
     if where.dim() == 1:
         return vectors.index_select(2, where).transpose(1, 2)
@@ -95,9 +100,9 @@ def ence(q, k, tau):
 
     With s_ij = q_i k_j / tau, A = mean_i exp(-s_ii / 2) and B = mean_{i != j} exp(s_ij / 2), the
     loss is (log A + log B) / 2: the minimum over c of log((A e^{c/2} + B e^{-c/2}) / 2), where c is
-    a free normalising constant. The paper is about binary NCE of densities, where this loss keeps
-    its slope when the noise is far from the data; patches are this repository's use of it.
-    q, k: (N, S, C), S > 1. Returns (N,).
+    a free normalizing constant. The paper is about binary NCE of densities, where this loss keeps
+    its slope when the noise is far from the data. Its use for patches is this repository's.
+    q, k: (N, S, C), unit vectors, S > 1. Returns (N,).
     """
     s = q @ k.transpose(1, 2) / tau  # (N, S, S)
     positives = s.diagonal(dim1=1, dim2=2)  # (N, S)
@@ -111,11 +116,11 @@ def hdce(q, k, tau, gamma=1.0):
     """The decoupled NCE with hard negatives of Jung et al. 2022, https://arxiv.org/abs/2203.01532.
 
     l_i = log sum_{j != i} exp((w_ij q_i k_j - q_i k_i) / tau), where w_ij, at most 1, grows with
-    exp(k_i k_j / gamma): negatives that mean the same as i weigh more. q, k: (N, S, C), S > 1.
+    exp(k_i k_j / gamma): negatives similar to i weigh more. q, k: (N, S, C), unit vectors, S > 1.
     Returns (N, S).
     """
     # Authors' code: gamma is 1, or falls from 50 to 10 in an optional curriculum. Here: 1, because
-    # with unit vectors 10 leaves w between 0.8 and 1.
+    # with unit vectors and gamma = 10 all w are between 0.8 and 1.
     itself = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
     relation = (k @ k.transpose(1, 2) / gamma).masked_fill(itself, -math.inf).softmax(2)
     w = (relation / relation.amax(2, keepdim=True)).detach()  # (N, S, S)
@@ -124,7 +129,7 @@ def hdce(q, k, tau, gamma=1.0):
 
 
 def semantic_relation(q, k):
-    """Semantic relation consistency (Jung et al. 2022): patches relate alike in both images.
+    """Semantic relation consistency (Jung et al. 2022): equal relations of patches in both images.
 
     The Jensen-Shannon divergence of softmax_j(q_i q_j) and softmax_j(k_i k_j), summed over i.
     q, k: (N, S, C), unit vectors. Returns (N,).

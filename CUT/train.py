@@ -59,10 +59,10 @@ def losses_G(G, D, H, fake_y, same_y, keys_x, keys_y, flipped, args):
         total = loss["G_gan"] + args.NCE_ratio * loss["NCE"]
     else:
         loss["NCE_id"], _ = patch_nce(H, queries_y, keys_y, args)
-        # Paper: the sum of both. Authors' code: half of it. Here: half, as published results have.
+        # Paper: the sum. Authors' code: half of it. Here: half, as published results come from it.
         nce = (args.NCE_ratio * loss["NCE"] + args.NCE_ratio_id * loss["NCE_id"]) / 2
         total = loss["G_gan"] + nce  # the final objective of section 3
-    if args.src_ratio > 0:
+    if args.src_ratio > 0:  # of x and G(x) only, as in the code of its authors
         loss["SRC"] = relation
         total = total + args.src_ratio * relation
     return {"G_total": total, **loss}
@@ -90,7 +90,7 @@ def training_step(nets, x, y, args):
 
     # One pass gives the translations and, on the way, the features that serve as keys.
     image, keys = G(source.flip(3) if flipped else source, taps)
-    if flipped:  # the keys are then those of the images as they are
+    if flipped:  # the keys come from the images that are not flipped; D's real ones are not either
         keys = G(source, taps, encode_only=True)
     fake_y, same_y = (image[:n], image[n:]) if identity else (image, None)
     keys_x, keys_y = halves(keys, n)

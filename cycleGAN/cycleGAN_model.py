@@ -12,7 +12,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 
 class BlurPool(nn.Module):
-    """Halves H and W after a blur of [1, 2, 1] / 4 each way, against aliasing (Zhang 2019,
+    """Halves H and W after a blur of [1, 2, 1] / 4 along each axis, against aliasing (Zhang 2019,
     https://arxiv.org/abs/1904.11486). (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)).
     """
 
@@ -30,8 +30,7 @@ class BlurPool(nn.Module):
 
 
 class ReflectionPad(nn.ReflectionPad2d):
-    """Reflection padding in the dtype of x. Autocast on CPUs would convert it to fp32 and keep that
-    copy for the backward pass."""
+    """Reflection padding in the dtype of x: CPU autocast would keep an fp32 copy for backward."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -39,7 +38,8 @@ class ReflectionPad(nn.ReflectionPad2d):
 
 
 def norm_relu(channels):
-    """Instance norm without scale and shift, then ReLU. A bias before the norm would cancel out."""
+    """Instance norm, then ReLU. A bias before the norm would cancel out."""
+    # Authors' Lua code: with a learned scale and shift. Authors' PyTorch code, and here: without.
     return [nn.InstanceNorm2d(channels), nn.ReLU()]
 
 
@@ -49,9 +49,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.layers = nn.Sequential(
-            *[ReflectionPad(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            ReflectionPad(1),
+            nn.Conv2d(channels, channels, 3, bias=False),
             *norm_relu(channels),
-            *[ReflectionPad(1), nn.Conv2d(channels, channels, 3, bias=False)],
+            ReflectionPad(1),
+            nn.Conv2d(channels, channels, 3, bias=False),
             nn.InstanceNorm2d(channels),
         )
 
@@ -61,19 +63,16 @@ class ResnetBlock(nn.Module):
 
 def down(channels, antialias):
     """d: a 3x3 convolution to twice as many channels at half the resolution."""
-    if antialias:
-        layers = [nn.Conv2d(channels, 2 * channels, 3, 1, 1, bias=False)]
-        return nn.Sequential(*layers, *norm_relu(2 * channels), BlurPool())
-    return nn.Sequential(
-        nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False), *norm_relu(2 * channels)
-    )
+    stride, blur = (1, [BlurPool()]) if antialias else (2, [])
+    conv = nn.Conv2d(channels, 2 * channels, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, *norm_relu(2 * channels), *blur)
 
 
 def up(channels, antialias):
     """u: a 3x3 convolution to half as many channels at twice the resolution."""
     half = channels // 2
     if antialias:
-        # Zhang 2019: zeros in between, then a blur of [1, 3, 3, 1] / 4: bilinear upsampling.
+        # Zhang 2019: insert zeros, then blur with [1, 3, 3, 1] / 4. That is bilinear upsampling.
         layers = [nn.Upsample(scale_factor=2, mode="bilinear")]
         layers += [nn.Conv2d(channels, half, 3, 1, 1, bias=False)]
     else:

@@ -64,10 +64,12 @@ def losses_G(G, F, D_X, D_Y, x, y, args):
     loss["F_gan"] = gan_loss(D_X(fake_x), True)  # Eq. 1 for F: Y -> X
     loss["cycle"] = l1_loss(rec_x, x) + l1_loss(rec_y, y)  # Eq. 2: F(G(x)) = x and G(F(y)) = y
     total = loss["G_gan"] + loss["F_gan"] + args.cycle_ratio * loss["cycle"]  # Eq. 3
-    if identity:  # section 5.2: images of the other side stay as they are
+    if identity:
+        # Section 5.2: images of the other side stay as they are. Paper: only for paintings.
+        # Authors' code: always, with weight 5. Here: off unless --identity-ratio is given.
         loss["identity"] = l1_loss(same_y[0], y) + l1_loss(same_x[0], x)
         total = total + args.identity_ratio * loss["identity"]
-    if args.pix_loss:  # not in the paper: the input keeps its colors
+    if args.pix_loss:  # not in the paper: the output keeps the colors of the input
         view = DownSampler(args.pix_blur, args.pix_pool)
         loss["pix"] = l1_loss(view(fake_y), view(x)) + l1_loss(view(fake_x), view(y))
         total = total + args.pix_ratio * loss["pix"]
@@ -92,6 +94,7 @@ def training_step(nets, x, y, args):
     g, fake_x, fake_y = losses_G(G, F, D_X, D_Y, x, y, args)
     descend(g["G_total"], nets["optimizer_G"])
 
+    # Authors' Lua code: G, D_Y, F, D_X one after the other. Authors' PyTorch code: as here.
     d_x = losses_D(D_X, x, nets["buffer_x"](fake_x), "D_X")
     d_y = losses_D(D_Y, y, nets["buffer_y"](fake_y), "D_Y")
     descend(d_x["D_X_total"] + d_y["D_Y_total"], nets["optimizer_D"])
@@ -115,9 +118,9 @@ def descend(loss, *optimizers):
         optimizer.step()
 
 
-# Differs from pix2pix/train.py: paper and authors' code agree
 def learning_rate(args, epoch):
     """Adam's rate in an epoch: constant for the first half, then linearly down to 0."""
+    # Paper and authors' code: the same.
     decay = args.epochs // 2
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
 

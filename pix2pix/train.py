@@ -44,12 +44,13 @@ def losses_D(D, x, y, fake_y):
     """What D minimizes, D_total, and its terms. x, y, fake_y = G(x): (N, 3, H, W)."""
     D_real = gan_loss(D(x, y), True)  # Eq. 1: log D(x, y)
     D_fake = gan_loss(D(x, fake_y), False)  # Eq. 1: log(1 - D(x, G(x)))
-    return {"D_total": (D_real + D_fake) / 2, "D_real": D_real, "D_fake": D_fake}
+    total = (D_real + D_fake) / 2  # half, so that D learns more slowly than G: section 3.3
+    return {"D_total": total, "D_real": D_real, "D_fake": D_fake}
 
 
 def losses_G(D, x, y, fake_y, l1_ratio):
     """What G minimizes, G_total, and its terms. x, y, fake_y = G(x): (N, 3, H, W)."""
-    G_gan = gan_loss(D(x, fake_y), True)  # Eq. 1, as -log D(x, G(x)), see section 3.3
+    G_gan = gan_loss(D(x, fake_y), True)  # Eq. 1, but -log D(x, G(x)): section 3.3
     G_l1 = l1_loss(fake_y, y)  # Eq. 3
     return {"G_total": G_gan + l1_ratio * G_l1, "G_gan": G_gan, "G_l1": G_l1}  # Eq. 4
 
@@ -62,6 +63,7 @@ def training_step(nets, x, y, args):
     d = losses_D(D, x, y, fake_y.detach())
     descend(d["D_total"], nets["optimizer_D"])
 
+    # Authors' Lua code: G learns from D before its step. Authors' PyTorch code, and here: after it.
     g = losses_G(D, x, y, fake_y, args.l1_ratio)
     descend(g["G_total"], nets["optimizer_G"])
     return {**g, **d}
@@ -81,7 +83,7 @@ def descend(loss, *optimizers):
 
 def learning_rate(args, epoch):
     """Adam's rate in an epoch: constant for the first half, then linearly down to 0."""
-    # Paper and authors' Lua code: constant. Authors' PyTorch code: decays. Here: decays.
+    # Paper and authors' Lua code: constant. Authors' PyTorch code: as here.
     decay = args.epochs // 2
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
 
