@@ -32,7 +32,7 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_every_command_has_a_script_and_valid_flags(words, monkeypatch):
     path = ROOT / words[0]
     if path.parent.name in ("pix2pix", "cycleGAN", "CUT") and path.parent.name not in METHODS:

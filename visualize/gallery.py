@@ -32,7 +32,7 @@ NOT_FLAGS = ("method", "run_name", "typed", "given", "torch", "device_used", "co
 
 
 class UserError(Exception):
-    """Ends the script with one line: what was found, what was expected, what to do."""
+    """A problem that the user can fix. One line: what was found, what was expected, what to do."""
 
 
 class Parser(argparse.ArgumentParser):
