@@ -1,7 +1,8 @@
-"""What every run needs: device, processes, signals, losses, files, checkpoint. The method itself is
-in train.py, which enters this file between steps. The same in pix2pix, cycleGAN and CUT.
+"""What every run needs: device, processes, files, checkpoint, losses, signals. train.py has the
+method and enters this file between steps. The same in pix2pix, cycleGAN and CUT.
 """
 
+import atexit
 import json
 import math
 import multiprocessing
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from argparse import Namespace
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import distributed
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from CUT_dataset import UserError, epoch_batches, to_unit
@@ -28,77 +28,60 @@ from CUT_flags import parse_args
 
 HERE = Path(__file__).resolve().parent
 METHOD = HERE.name
-FREE = ["data_root", "output_root", "run_name", "epochs", "max_steps", "num_workers", "device"]
-FREE += ["sample_every", "save_model", "resume", "compile"]  # flags that a resumed run may change
+RANK = int(os.environ.get("RANK", 0))  # this process's number among those of torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+FREE = "data_root output_root run_name epochs max_steps num_workers device sample_every save_model"
+FREE = (*FREE.split(), "resume", "overwrite", "compile")  # what a resumed run may change
 
 # ------------------------------------------------------------------------------ device, processes
 
 
 def pick_device(args):
-    """The torch device of --device, set up for --precision. UserError if it cannot be used."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    name = (accelerator.type if accelerator else "cpu") if args.device == "auto" else args.device
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    """The torch device of --device, set up for --precision. Joins the processes of torchrun."""
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        device = found if args.device == "auto" else torch.device(args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
-        reason = f"{str(error).splitlines()[0]}; use auto, cpu, cuda, cuda:1 or mps"
-        raise UserError(f"--device {args.device}: {reason}") from None
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else native
     if args.precision == "bf16" and not native:
         raise UserError("--precision bf16 is slower than fp32 on this device; use tf32 or fp32")
     torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    return device
-
-
-def random_states(device, states=None):
-    """The states of the random generators in use; first sets them to `states` if given."""
-    modules = {device.type: torch.get_device_module(device)} if device.type != "cpu" else {}
-    modules["cpu"] = torch
-    for kind in modules.keys() & (states or {}).keys():
-        modules[kind].set_rng_state(states[kind])
-    return {kind: module.get_rng_state() for kind, module in modules.items()}
-
-
-def ranks():
-    """(rank, world_size): this process's number among those of torchrun; (0, 1) for one alone."""
-    if not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def join_ranks(args, device):
-    """Joins the processes that torchrun started, if it started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"--device {args.device}: several processes need cpu or cuda")
+    if WORLD_SIZE > 1 and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # A day: the others wait while rank 0 samples. A process that has died is noticed at once.
         distributed.init_process_group(backend, timeout=timedelta(days=1))
+    return device
+
+
+def random_states(device, states=()):
+    """The states of the random generators in use; first sets them to `states`, if given."""
+    modules = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    for module, state in zip(modules, states, strict=False):
+        module.set_rng_state(state)
+    return [module.get_rng_state() for module in modules]
 
 
 def gather(value):
     """The values of all processes, as a list. Plain Python and CPU tensors, not GPU tensors."""
-    values = [value] * ranks()[1]
-    if len(values) > 1:
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
         distributed.all_gather_object(values, value)
     return values
 
 
 def average_gradients(parameters):
     """Replaces each gradient by its mean over all processes."""
-    if ranks()[1] > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+    if WORLD_SIZE > 1:
+        gradients = [p.grad for p in parameters]
+        flat = parameters_to_vector(gradients)
         distributed.all_reduce(flat)
-        means = (flat / ranks()[1]).split([p.numel() for p in parameters])
-        for p, mean in zip(parameters, means, strict=True):
-            p.grad.copy_(mean.view_as(p))
+        vector_to_parameters(flat / WORLD_SIZE, gradients)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -122,33 +105,19 @@ def replacing(path):
             aside.unlink()
 
 
-def save_grid(images, path):
-    """Writes images, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
-    with replacing(path) as file:
-        save_image((torch.cat(images) + 1) / 2, file, format="png", nrow=len(images))
-
-
 def write_losses(rows, folder):
     """Writes losses.csv, one row per epoch, and plots its columns in losses.png."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([row.get(name, "") for name in names] for row in rows)]
     with replacing(folder / "losses.csv") as file:
         file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-    names, height = names[4:], -(-len(names[4:]) // 4)  # four panels side by side
-    figure = Figure(figsize=(14, 3 * height), layout="constrained")
-    for index, name in enumerate(names):
+    figure = Figure(figsize=(14, 3 * math.ceil(len(names[4:]) / 4)), layout="constrained")
+    for index, name in enumerate(names[4:]):
         points = [(row["epoch"], row[name]) for row in rows if name in row]
-        axes = figure.add_subplot(height, 4, index + 1, title=name, xlabel="epoch")
+        axes = figure.add_subplot(math.ceil(len(names[4:]) / 4), 4, index + 1, title=name)
         axes.plot(*zip(*points, strict=True), ".-", markersize=3)
     with replacing(folder / "losses.png") as file:
         figure.savefig(file, format="png")
-
-
-def git_commit():
-    """The commit of this code, with "-dirty" if files differ from it; None outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(command, cwd=HERE, stderr=subprocess.DEVNULL, text=True)[:-1]
 
 
 def checkpoint_path(args):
@@ -157,30 +126,22 @@ def checkpoint_path(args):
 
 
 def read_checkpoint(path):
-    """The dict that Run.save wrote, checked. UserError if the file is damaged or something else."""
-    hint = "train.py --save-model writes checkpoints, convert.py makes them of the authors' weights"
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}; {hint}")
+    """The dict that Run.save wrote, its flags checked. UserError if the file is something else."""
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # compares checksums, which torch.load does not
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            if file.testzip():  # compares checksums, which torch.load does not
+                raise ValueError("the file is damaged: a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not (isinstance(state, dict) and isinstance(state.get("args"), dict)):
+            raise ValueError("it contains weights, but is not a checkpoint")
+        if state.get("method") != METHOD:
+            raise ValueError(f"it is a checkpoint of {state.get('method')}, not of {METHOD}")
     except Exception as error:  # a foreign file may raise anything
-        kind = "contains Python objects" if "weights_only" in str(error) else "is no checkpoint"
-        raise UserError(f"{path} {kind}, or is damaged; {hint}") from None
-    if damaged:
-        raise UserError(f"{path} is damaged: a checksum is wrong")
-    if not (isinstance(state, dict) and isinstance(state.get("args"), dict)):
-        raise UserError(f"{path} contains weights, but is not a checkpoint; {hint}")
-    if state.get("method") != METHOD:
-        raise UserError(f"{path} is a checkpoint of {state.get('method')}, not of {METHOD}")
-    known = vars(parse_args([]))  # the flags are parsed again, which checks their types and ranges
-    words = {
-        n.replace("_", "-"): v for n, v in state["args"].items() if n in known and v is not None
-    }
-    words = [f"--{n}={v}" for n, v in words.items() if n != "typed" and not isinstance(v, bool)]
-    parse_args(words, prog=f"{path}: flags of the checkpoint")
-    return state
+        reason = "it contains Python objects" if "weights_only" in str(error) else one_line(error)
+        hint = "expected what train.py --save-model or convert.py writes"
+        raise UserError(f"cannot read {path}: {reason}; {hint}") from None
+    prog = f"{Path(sys.argv[0]).name}: error: {path}"
+    return {**state, "args": vars(parse_args([], prog, state["args"]))}
 
 
 def load_part(part, state, path):
@@ -189,36 +150,38 @@ def load_part(part, state, path):
         part.load_state_dict(state)
         tensors = list(state.values()) if isinstance(part, torch.nn.Module) else []
         for weight, moments in getattr(part, "state", {}).items():  # of an optimizer
-            tensors += [moments["step"], moments["exp_avg"], moments["exp_avg_sq"]]
-            if any(tensor.shape != weight.shape for tensor in tensors[-2:]):
+            tensors += moments.values()
+            if any(moments[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer has moments of another shape")
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise ValueError("its weights are not finite")
     except Exception as error:  # damaged input may raise anything
-        reason = str(error).strip().splitlines()[-1].strip() or type(error).__name__
-        raise UserError(f"{path} does not fit: {reason}") from None
+        raise UserError(f"{path} does not fit: {one_line(error)}") from None
 
 
-def adopt_flags(args):
-    """The flags of a resumed run: the checkpoint's, but for those typed now that may change."""
-    path, typed = checkpoint_path(args), {name: getattr(args, name) for name in args.typed}
+def adopt_flags(args, argv):
+    """The flags of a resumed run: the checkpoint's, except those typed now that may change."""
+    path = checkpoint_path(args)
     if not path.exists() and args.save_model:
         return args  # stopped before its first checkpoint, it starts from the beginning
     if not path.exists():
         runs = sorted(p.parent.name for p in path.parents[1].glob("*/checkpoint.pt"))
         raise UserError(f"no checkpoint {path}; --run-name can be: {', '.join(runs) or 'none yet'}")
-    saved = read_checkpoint(path)["args"]
-    for name in typed.keys() & saved.keys() - {*FREE}:
-        if typed[name] != saved[name]:
+    saved = {**read_checkpoint(path)["args"], "overwrite": False, "max_steps": 0}
+    saved.update(run_name=args.run_name, output_root=args.output_root)
+    args = parse_args(argv, saved=saved)
+    for name, value in vars(args).items():
+        if name not in FREE and value != saved[name]:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {typed[name]}: the run has {saved[name]}; leave {flag} out")
-    if typed.get("epochs", 0) > saved["epochs"]:
-        print(f"--epochs {args.epochs}, not {saved['epochs']}: the learning rate rises again")
-    saved = {**saved, "overwrite": False, "max_steps": None}
-    return Namespace(**{**vars(args), **saved, **typed, "run_name": args.run_name})
+            raise UserError(f"{flag} {value}: the run has {saved[name]}; leave {flag} out")
+    return args
 
 
 # -------------------------------------------------------------------------------------------- run
+
+# At exit, Python would wait for ever for loading processes, which ignore SIGTERM. Without this
+# process they end by themselves.
+atexit.register(multiprocessing.process._children.clear)
 
 
 def ignore_signals(_worker):
@@ -230,116 +193,95 @@ def ignore_signals(_worker):
 class Run:
     """A run from start to end: its files, lock, signals, losses and checkpoint.
 
-    progress: the epoch (from 1); its batches, images, seconds and loss sums so far; steps in all;
-    the rows of losses.csv; the names of the training images. intact: whether the networks are
-    between two steps, so that they can be saved.
+    progress, saved with the networks: the epoch, from 1; its batches, seconds and loss sums so far;
+    steps in all; the rows of losses.csv; the names of the training images. intact: whether the
+    networks are between two steps, so that they can be saved. caught: a signal's number, or 0.
     """
 
     def __init__(self, args, nets, train_set, device):
         self.args, self.nets, self.train_set, self.device = args, nets, train_set, device
-        (self.rank, self.world_size), self.checkpoint = ranks(), checkpoint_path(args)
-        self.folder = Path(args.output_root) / "visualize" / METHOD / args.run_name
-        names = ["/".join(file.parts[-2:]) for file in train_set.files]
-        self.progress = {"epoch": 1, "batch": 0, "step": 0, "images": 0, "seconds": 0.0, "sums": {}}
-        self.progress.update(rows=[], files=names)
         self.networks = {n: net for n, net in nets.items() if isinstance(net, torch.nn.Module)}
-        self.epoch_images = len(train_set) - len(train_set) % self.world_size
-        self.epoch_steps = -(-self.epoch_images // (args.batch_size * self.world_size))
-        self.caught, self.intact, self.pending, self.handlers = None, True, [], {}
+        self.folder = Path(args.output_root) / "visualize" / METHOD / args.run_name
+        self.checkpoint = checkpoint_path(args)
+        files = ["/".join(file.parts[-2:]) for file in train_set.files]
+        self.progress = {"epoch": 1, "batch": 0, "step": 0, "seconds": 0.0, "sums": {}, "rows": []}
+        self.progress["files"] = files
+        self.caught, self.intact, self.pending = 0, True, []
+        self.saved = self.last_read = time.monotonic()
+        self.epoch_steps = math.ceil(len(train_set) // WORLD_SIZE / args.batch_size)
         self.order = []  # the epoch's batches; filled in place, since the loader holds this list
-        workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
-        # A generator of its own keeps the loader from using numbers of the training's.
-        workers.update(worker_init_fn=ignore_signals, generator=torch.Generator())
-        pinned = device.type == "cuda"
-        self.loader = DataLoader(train_set, batch_sampler=self.order, pin_memory=pinned, **workers)
+        options = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+        options.update(worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
+        options.update(generator=torch.Generator())  # it would use numbers of the training's
+        self.loader = DataLoader(train_set, batch_sampler=self.order, **options)
 
     def __enter__(self):
         """Opens the run's files and resumes. From here on a signal stops the run between steps."""
-        if self.rank == 0:
-            self.open()
-        if self.args.resume and self.checkpoint.exists():
+        args, resumed = self.args, self.args.resume and self.checkpoint.exists()
+        if RANK == 0:
+            self.lock()
+        else:  # rank 0 keeps the single-process seed
+            torch.manual_seed(args.seed + RANK)
+        if resumed:
             self.load()
-        elif self.args.init_from:
-            state = read_checkpoint(Path(self.args.init_from))
+        elif args.init_from:
+            state = read_checkpoint(Path(args.init_from))
             for name in self.networks.keys() & state.keys():
-                load_part(self.nets[name], state[name], self.args.init_from)
-        facts = {n: v for n, v in vars(self.args).items() if n not in (*FREE, "typed")}
-        facts.update(images=[(f.name, f.stat().st_size) for f in self.train_set.files])
-        for rank, other in enumerate(gather(facts)):
-            differ = ", ".join(name for name in facts if facts[name] != other.get(name))
-            if differ:
-                raise UserError(f"processes {self.rank} and {rank} have different {differ}")
+                load_part(self.nets[name], state[name], args.init_from)
+        facts = [(n, v) for n, v in vars(args).items() if n not in FREE]
+        facts += [(file.name, file.stat().st_size) for file in self.train_set.files]
+        if any(other != facts for other in gather(facts)):
+            raise UserError("the processes have different flags or different training images")
         for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-            number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
-                self.handlers[number] = signal.signal(number, self.catch)
-        self.saved = self.last_read = time.monotonic()
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(getattr(signal, name), self.catch)
+        if args.save_model and not resumed:
+            self.save()  # if this fails, nothing has been deleted
+        if RANK == 0:
+            self.begin()
+        self.first_step = self.progress["step"]
+        total = min(args.epochs * self.epoch_steps, args.max_steps or math.inf)
+        self.bar = tqdm(total=total, initial=self.first_step, unit="step", disable=RANK > 0)
         return self
 
-    def __exit__(self, kind, error, _trace):
-        """After an error between two steps, saves what it would lose."""
-        wanted = self.args.save_model and self.progress["step"] and self.world_size == 1
-        if wanted and self.intact and isinstance(error, Exception):
-            with suppress(UserError):
-                self.save()
-                print(f"saved after step {self.progress['step']}", file=sys.stderr)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def catch(self, number, _frame):
-        """Notes a signal; a second one exits at once. Prints nothing: the streams may be gone."""
-        if self.caught:
-            raise SystemExit(128 + number)
-        self.caught = number
-
-    def open(self):
-        """Makes and locks the run's folders and writes args.json, unless another run is there."""
-        args, folder, trial = self.args, self.folder, self.checkpoint.with_name("trial")
+    def lock(self):
+        """Makes the run's folder this process's own. UserError if another run is there."""
+        name, folder = self.args.run_name, self.folder
         (folder / "val").mkdir(parents=True, exist_ok=True)
         with suppress(ImportError):  # Windows has no fcntl: there, two processes can share a run
             import fcntl
 
-            self.lock = open(folder / ".lock", "w")  # noqa: SIM115 (locked until the process ends)
+            self.locked = open(folder / ".lock", "w")  # noqa: SIM115 (until the process ends)
             try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"run {args.run_name} is in progress in another process") from None
-        old = [*folder.glob("val/[xy]*[0-9].png"), *folder.glob("losses.*"), folder / "args.json"]
-        old = [file for file in (*old, self.checkpoint) if file.exists()]
-        if old and not (args.resume or args.overwrite):
-            options = "--overwrite deletes it, another --run-name keeps it"
-            options = f"--resume continues it, {options}" if self.checkpoint in old else options
-            raise UserError(f"run {args.run_name} exists in {folder}: {options}")
-        facts = {"torch": torch.__version__, "commit": git_commit()}
-        facts = {"method": METHOD, **vars(args), "device_used": str(self.device), **facts}
-        for path in [trial, folder / "args.json"] if args.save_model else [folder / "args.json"]:
-            with replacing(path) as file:  # before anything is deleted
-                file.write(json.dumps(facts, indent=2).encode() + b"\n")
-        for file in [
-            trial,
-            *self.checkpoint.parent.glob(".*.tmp"),
-            *(old if args.overwrite else []),
-        ]:
-            if file.name != "args.json":
-                file.unlink(missing_ok=True)
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"run {name} is in progress in another process") from None
+        exists = (folder / "args.json").exists() or self.checkpoint.exists()
+        if exists and not (self.args.resume or self.args.overwrite):
+            ways = "--resume continues it, --overwrite deletes it, another --run-name keeps it"
+            raise UserError(f"run {name} exists in {folder}: {ways}")
 
-    def announce(self, test_set):
-        """Says what will run. Loads some images first, which notes what is odd about them."""
-        args, device = self.args, self.device
-        if self.rank == 0:
-            for index in range(min(8, len(self.train_set))):
-                self.train_set[1, index]
-            sizes = {
-                n: sum(p.numel() for p in net.parameters()) for n, net in self.networks.items()
-            }
-            print(f"{METHOD} on {args.data_folder}: {self.train_set}, tested with {test_set}")
-            print(
-                f"{args.epochs} epochs of {self.epoch_steps} steps of batch {args.batch_size} at "
-                f"{args.image_size} px on {device} in {args.precision}; millions of weights: "
-                f"{', '.join(f'{name} {size / 1e6:.2f}' for name, size in sizes.items())}"
-            )
-            if not args.save_model:
-                print("the networks are not kept: --save-model keeps them")
+    def begin(self):
+        """Deletes what an earlier run left, writes args.json and says what will run."""
+        args, folder = self.args, self.folder
+        old = [
+            f for p in (folder, folder / "val", self.checkpoint.parent) for f in p.glob(".*.tmp")
+        ]
+        if args.overwrite:
+            old += [*folder.glob("val/[xy]*[0-9].png"), *folder.glob("losses.*")]
+            old += [] if args.save_model else [self.checkpoint]
+        for file in old:
+            file.unlink(missing_ok=True)
+        git = f"git -C '{HERE}' describe --always --dirty --abbrev=40 --exclude='*'"
+        status, commit = subprocess.getstatusoutput(git)
+        facts = {"method": METHOD, **vars(args), "device_used": str(self.device)}
+        facts.update(torch=torch.__version__, commit=None if status else commit)
+        with replacing(folder / "args.json") as file:
+            file.write(json.dumps(facts, indent=2).encode() + b"\n")
+        unsaved = "" if args.save_model else "; --save-model would save the networks"
+        print(
+            f"{METHOD} on {args.data_folder}, {len(self.train_set)} images, {self.device}{unsaved}"
+        )
 
     def unfinished(self):
         """Whether there is a step left before the last epoch, --max-steps or a signal."""
@@ -351,32 +293,29 @@ class Run:
 
         The caller passes each step's losses to log. Ends early at --max-steps or for a signal.
         """
-        args, progress = self.args, self.progress
+        args, progress, first = self.args, self.progress, self.progress["batch"]
         started = time.monotonic() - progress["seconds"]
-        shape = (len(self.train_set), args.batch_size, args.seed, progress["epoch"], *ranks())
-        self.order[:] = epoch_batches(*shape)[progress["batch"] :]
-        done = (progress["epoch"] - 1) * self.epoch_images + progress["images"]
-        bar = {"total": args.epochs * self.epoch_images, "initial": done, "unit": "img"}
-        with tqdm(
-            desc=f"epoch {progress['epoch']}/{args.epochs}", **bar, disable=self.rank > 0
-        ) as bar:
-            for batch in self.loader:
-                self.intact = False  # until the step is complete
-                pinned = self.loader.pin_memory
-                yield [to_unit(images.to(self.device, non_blocking=pinned)) for images in batch]
-                self.intact = True
-                images = len(batch[0]) * self.world_size
-                for name, count in (("step", 1), ("batch", 1), ("images", images)):
-                    progress[name] += count
-                progress["seconds"] = time.monotonic() - started
-                self.caught = max(gather(self.caught or 0)) or None
-                if time.monotonic() - self.last_read > 0.5:
-                    self.read_losses()
-                    means = {n: v / progress["batch"] for n, v in progress["sums"].items()}
-                    bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()})
-                bar.update(images)
-                if not self.unfinished():
-                    break
+        shape = (len(self.train_set), args.batch_size, args.seed, progress["epoch"])
+        self.order[:] = epoch_batches(*shape, RANK, WORLD_SIZE)[first:]
+        self.bar.set_description(f"epoch {progress['epoch']}/{args.epochs}")
+        batches = iter(self.loader)
+        if hasattr(signal, "SIGCHLD"):  # else torch reports a dead loading process within a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in batches:
+            self.intact, pinned = False, self.loader.pin_memory  # not intact within a step
+            yield [to_unit(images.to(self.device, non_blocking=pinned)) for images in batch]
+            self.intact = True
+            progress.update(batch=progress["batch"] + 1, step=progress["step"] + 1)
+            progress["seconds"] = time.monotonic() - started
+            self.bar.update()
+            if progress["step"] == self.first_step + 20 and RANK == 0:
+                left = (self.bar.total - self.bar.n) * progress["seconds"] / progress["batch"]
+                tqdm.write(f"time left for the whole run: {timedelta(seconds=round(left))}")
+            self.caught = max(gather(self.caught))
+            if time.monotonic() - self.last_read > 0.5:
+                self.read_losses()
+            if not self.unfinished():
+                break
         self.read_losses()
 
     def log(self, losses):
@@ -386,21 +325,17 @@ class Run:
 
     def read_losses(self):
         """Adds the steps' losses to the epoch's sums. UserError at the first that is not finite."""
-        rows, sums = (
-            torch.stack(self.pending).tolist() if self.pending else [],
-            self.progress["sums"],
-        )
-        for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
-            named = dict(zip(self.names, row, strict=True))
-            bad = [name for name, value in named.items() if not math.isfinite(value)]
-            if bad:
-                self.intact = False
-                name = min(bad, key=lambda name: "total" in name)  # a term, before its total
-                kept = f"{self.checkpoint} is kept; " if self.checkpoint.exists() else ""
-                advice = "try a lower --lr or --precision fp32, and look for odd images"
-                raise UserError(f"{name} is {named[name]} at step {step}; {kept}{advice}")
-            sums.update({name: sums.get(name, 0.0) + value for name, value in named.items()})
+        rows, sums = [tensor.tolist() for tensor in self.pending], self.progress["sums"]
         self.pending, self.last_read = [], time.monotonic()
+        for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
+            for name, value in reversed([*zip(self.names, row, strict=True)]):  # totals come last
+                if not math.isfinite(value):
+                    self.intact = False
+                    kept = f"{self.checkpoint} is kept; " if self.checkpoint.exists() else ""
+                    advice = "try a lower --lr or --precision fp32, and look for odd images"
+                    raise UserError(f"{name} is {value} at step {step}; {kept}{advice}")
+            for name, value in zip(self.names, row, strict=True):
+                sums[name] = sums.get(name, 0.0) + value
 
     def end_epoch(self, rate, sample):
         """Samples, logs and saves where that is due.
@@ -410,86 +345,90 @@ class Run:
         args, progress, epoch = self.args, self.progress, self.progress["epoch"]
         complete, limit = progress["batch"] == self.epoch_steps, progress["step"] == args.max_steps
         due = limit or (complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs))
-        speed = progress["images"] / max(progress["seconds"], 1e-9)
+        images = min(progress["batch"] * args.batch_size * WORLD_SIZE, len(self.train_set))
         row = {"epoch": epoch, "seconds": round(progress["seconds"], 2)}
-        row.update(images_per_second=round(speed, 2), learning_rate=rate)
+        row["images_per_second"] = round(images / max(progress["seconds"], 1e-9), 2)
+        row["learning_rate"] = rate
         row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
-        measures, rows = {}, [*progress["rows"], row]
-        if self.rank == 0 and (due or complete):
+        rows = [*progress["rows"], row]
+        if RANK == 0 and (due or complete):
+            states = random_states(self.device)
             try:
-                measures = sample(self.folder / "val", epoch) if due else {}
-                row.update(measures)
+                row.update(sample(self.folder / "val", epoch) if due else {})
                 write_losses(rows, self.folder)
             except (UserError, OSError) as error:  # the training matters more than its images
-                print(f"warning: {error}", file=sys.stderr)
+                tqdm.write(f"warning: {error}", file=sys.stderr)
+            random_states(self.device, states)  # how often it samples does not change a training
         if complete:
-            progress.update(epoch=epoch + 1, batch=0, images=0, seconds=0.0, sums={}, rows=rows)
-        late = complete and time.monotonic() - self.saved > 600
-        self.caught, late = map(max, zip(*gather((self.caught or 0, late)), strict=True))
+            progress.update(epoch=epoch + 1, batch=0, seconds=0.0, sums={}, rows=rows)
+        late = max(gather(complete and time.monotonic() - self.saved > 600))
         if args.save_model and (due or self.caught or late):
             self.save()
-        if measures:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
-            print(f"epoch {epoch}: {values}", flush=True)
 
     def save(self):
-        """Writes the checkpoint: all of rank 0, the random states and buffers of the others."""
+        """Writes the checkpoint: all of rank 0, the random states and buffers of each process."""
         self.read_losses()
         state = {name: part.state_dict() for name, part in self.nets.items()}
         own = {name: state[name] for name in state if name.startswith("buffer")}
-        own, *others = gather({**own, "random": random_states(self.device)})
-        if self.rank == 0:
-            if not all(p.isfinite().all() for n in self.networks.values() for p in n.parameters()):
-                raise UserError(
-                    f"a weight is not finite at step {self.progress['step']}; not saved"
-                )
-            state.update(own, others=others, method=METHOD, args=vars(self.args))
+        ranks = gather({**own, "random": random_states(self.device)})
+        if not all(p.isfinite().all() for n in self.networks.values() for p in n.parameters()):
+            raise UserError(f"a weight is not finite after step {self.progress['step']}; not saved")
+        if RANK == 0:
+            state.update(method=METHOD, args=vars(self.args), ranks=ranks, progress=self.progress)
             with replacing(self.checkpoint) as file:
-                torch.save({**state, "progress": self.progress}, file)
+                torch.save(state, file)
         self.saved = time.monotonic()
 
     def load(self):
-        """Restores what save wrote."""
-        path, state, names = (
-            self.checkpoint,
-            read_checkpoint(self.checkpoint),
-            self.progress["files"],
-        )
-        own = [{}, *state.get("others", ())]
-        if len(own) != self.world_size:
-            raise UserError(
-                f"{path} is of {len(own)} processes: torchrun --nproc-per-node {len(own)}"
-            )
-        state.update(own[self.rank])
-        for name, part in self.nets.items():
-            load_part(part, state.get(name), path)
+        """Restores what save wrote. UserError if it does not fit."""
+        path, state, progress = self.checkpoint, read_checkpoint(self.checkpoint), self.progress
         try:
-            for name, value in self.progress.items():
-                if type(state["progress"][name]) is not type(value):
-                    raise ValueError(f"progress has no {name}")
-            random_states(self.device, state["random"])
+            ranks, found, files = state["ranks"], state["progress"], progress["files"]
+            if len(ranks) != WORLD_SIZE:
+                raise ValueError(f"needs torchrun --nproc-per-node {len(ranks)}")
+            for name, part in self.nets.items():
+                load_part(part, {**state, **ranks[RANK]}.get(name), path)
+            random_states(self.device, ranks[RANK]["random"])
+            values = [v for row in (*found["rows"], found["sums"]) for v in row.values()]
+            types = [type(found[name]) is type(value) for name, value in progress.items()]
+            values = all(isinstance(value, int | float) for value in values)
+            counts = found["epoch"] > 0 <= found["step"] and 0 <= found["batch"] < self.epoch_steps
+            if not (all(types) and values and counts):
+                raise ValueError("its progress is damaged")
         except Exception as error:  # damaged input may raise anything
-            raise UserError(f"{path} does not fit: {error}") from None
-        self.progress.update(state["progress"])
-        if self.progress["files"] != names:
+            raise UserError(f"{path} does not fit: {one_line(error)}") from None
+        progress.update(found)
+        if progress["files"] != files:
             print("the training images have changed: the interrupted epoch starts again")
-            self.progress.update(files=names, batch=0, images=0, seconds=0.0, sums={})
+            progress.update(files=files, batch=0, seconds=0.0, sums={})
 
-    def say_how_it_ended(self):
-        """Where things are, and the next command."""
+    def catch(self, number, _frame):
+        """Notes a signal; a second one ends the process. No output: the streams may be closed."""
+        if self.caught:
+            os._exit(128 + number)
+        self.caught = number
+
+    def __exit__(self, kind, error, _trace):
+        """After an error between two steps, saves what it would lose; else says what comes next."""
         args, step = self.args, self.progress["step"]
-        start = f"torchrun --nproc-per-node {self.world_size}" if self.world_size > 1 else "python"
-        again = f"{start} {METHOD}/train.py --run-name {args.run_name} --resume"
-        if self.rank == 0 and self.progress["epoch"] <= args.epochs:
-            again = (
-                f"to continue: {again}" if args.save_model else "without --save-model it is lost"
-            )
-            print(f"stopped after step {step}; {again}")
-        elif self.rank == 0:
-            print(f"done: {args.epochs} epochs, {step} steps; grids: {self.folder / 'val'}")
+        self.bar.close()
+        if self.loader._iterator:  # an error's traceback would keep its processes
+            self.loader._iterator._shutdown_workers()
+        if isinstance(error, Exception) and self.intact and args.save_model and WORLD_SIZE == 1:
+            with suppress(UserError):
+                self.save()
+                print(f"saved after step {step}: --resume continues", file=sys.stderr)
+        elif error is None and RANK == 0:
+            print(f"ended after step {step}; grids: {self.folder / 'val'}")
+            start = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
+            again = f"{start} {METHOD}/train.py --run-name {args.run_name} --resume"
             use = f"python {METHOD}/translate.py --checkpoint {self.checkpoint}"
-            print(f"use it: {use} --input IMAGES --output results" if args.save_model else "")
-            print("compare runs: python visualize/gallery.py")
+            if not args.save_model:
+                print("the networks were not saved: --save-model saves them")
+            elif self.progress["epoch"] <= args.epochs:
+                print(f"to continue: {again}")
+            else:
+                print(f"to translate: {use} --input IMAGES --output results")
 
 
 # --------------------------------------------------------------------------------------- messages
@@ -500,8 +439,6 @@ class Quiet:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
-        with suppress(AttributeError):
-            self.stream.reconfigure(errors="replace")  # for terminals that are not UTF-8
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -515,17 +452,22 @@ class Quiet:
             self.stream.flush()
 
 
+def one_line(error):
+    """The line of an error's text that says most: the last one, which torch indents."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
 def explain(error):
     """An error in one line, with a way out; None for a bug, which deserves its traceback."""
-    text = str(error).strip() or type(error).__name__
-    if any(words in text.lower() for words in ("bus error", "shared memory", "/dev/shm")):
+    text = str(error).lower()
+    if any(words in text for words in ("bus error", "shared memory", "/dev/shm")):
         return "shared memory is full: use --num-workers 0, or docker run --shm-size 2g"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text.lower():
+    if isinstance(error, MemoryError) or "out of memory" in text:
         return "out of memory: use a smaller --batch-size, --image-size or --ngf"
-    if "DataLoader worker" in text and not isinstance(error, UserError):
-        return f"a loading process ended: {text.splitlines()[0]}; --num-workers 0 needs none"
+    if "dataloader worker (pid" in text:
+        return "a loading process ended unexpectedly; --num-workers 0 needs none"
     if isinstance(error, UserError | OSError) or distributed.is_initialized():
-        return text.splitlines()[-1].split("UserError: ")[-1]  # a loading process adds a traceback
+        return one_line(error).split("UserError: ")[-1]  # a loading process adds a traceback
     return None
 
 
@@ -534,7 +476,7 @@ def run_command(train, argv):
     sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
     args = parse_args(argv)
     try:
-        caught = train(adopt_flags(args) if args.resume else args)
+        caught = train(adopt_flags(args, argv) if args.resume else args)
         return 128 + caught if caught else 0
     except KeyboardInterrupt:  # before the first step
         return 130
@@ -544,8 +486,5 @@ def run_command(train, argv):
         print(f"train.py: error: {explain(error)}", file=sys.stderr)
         return 2
     finally:
-        signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)
-        for process in multiprocessing.active_children():  # they ignore what usually ends them
-            process.kill()
         if distributed.is_initialized():
             distributed.destroy_process_group()

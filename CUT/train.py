@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 from torch.nn.functional import l1_loss, mse_loss
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from CUT_dataset import UnpairedDataset, UserError, note, to_unit
@@ -29,7 +30,7 @@ from CUT_model import (
     tap_channels,
 )
 from CUT_nce import ProjectionHeads, patch_nce
-from CUT_run import Run, average_gradients, join_ranks, pick_device, ranks, run_command, save_grid
+from CUT_run import Run, average_gradients, pick_device, replacing, run_command
 
 # ---------------------------------------------------------------------------------- the equations
 
@@ -263,20 +264,22 @@ def luminance_correlation(a, b):
     return (a @ b / (a.norm() * b.norm()).clamp_min(1e-8)).item()
 
 
+def save_grid(images, path):
+    """Writes images, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
+    with replacing(path) as file:
+        save_image((torch.cat(images) + 1) / 2, file, format="png", nrow=len(images))
+
+
 # ----------------------------------------------------------------------------------------- the run
 
 
 def train(args):
     """Trains to the last epoch, --max-steps or a signal. Returns the signal's number, or None."""
     device = pick_device(args)
-    join_ranks(args, device)
     torch.manual_seed(args.seed)
     train_set, test_set = build_data(args)
     nets = build(args, device)
-    if ranks()[0] > 0:  # rank 0 keeps the single-process seed
-        torch.manual_seed(args.seed + ranks()[0])
     with Run(args, nets, train_set, device) as run:
-        run.announce(test_set)
         while run.unfinished():
             rate = learning_rate(args, run.progress["epoch"])
             for group in (g for part in nets.values() for g in getattr(part, "param_groups", ())):
@@ -285,7 +288,6 @@ def train(args):
                 run.log(training_step(nets, x, y, args))
                 update_averages(nets, args.ema)
             run.end_epoch(rate, lambda folder, n: sample(nets, test_set, folder, n, device))
-    run.say_how_it_ended()
     return run.caught
 
 

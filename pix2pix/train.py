@@ -17,20 +17,12 @@ if __name__ == "__main__":
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from pix2pix_dataset import PairDataset, UserError, note, to_unit
 from pix2pix_model import PatchDiscriminator, UNetGenerator, initialize_weights
-from pix2pix_run import (
-    Run,
-    average_gradients,
-    join_ranks,
-    pick_device,
-    random_states,
-    ranks,
-    run_command,
-    save_grid,
-)
+from pix2pix_run import Run, average_gradients, pick_device, random_states, replacing, run_command
 
 # ---------------------------------------------------------------------------------- the equations
 
@@ -192,20 +184,22 @@ def sample(nets, test_set, folder, epoch, device):
     return {"test_l1": l1}
 
 
+def save_grid(images, path):
+    """Writes images, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
+    with replacing(path) as file:
+        save_image((torch.cat(images) + 1) / 2, file, format="png", nrow=len(images))
+
+
 # ----------------------------------------------------------------------------------------- the run
 
 
 def train(args):
     """Trains to the last epoch, --max-steps or a signal. Returns the signal's number, or None."""
     device = pick_device(args)
-    join_ranks(args, device)
     torch.manual_seed(args.seed)
     train_set, test_set = build_data(args)
     nets = build(args, device)
-    if ranks()[0] > 0:  # rank 0 keeps the single-process seed
-        torch.manual_seed(args.seed + ranks()[0])
     with Run(args, nets, train_set, device) as run:
-        run.announce(test_set)
         while run.unfinished():
             rate = learning_rate(args, run.progress["epoch"])
             for group in (g for part in nets.values() for g in getattr(part, "param_groups", ())):
@@ -214,7 +208,6 @@ def train(args):
                 run.log(training_step(nets, x, y, args))
                 update_averages(nets, args.ema)
             run.end_epoch(rate, lambda folder, n: sample(nets, test_set, folder, n, device))
-    run.say_how_it_ended()
     return run.caught
 
 

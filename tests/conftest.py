@@ -1,8 +1,11 @@
-"""What the tests share: the three folders' modules, and small pictures made on the spot."""
+"""What the tests share: the three folders' modules, small images, and small runs of train.py."""
 
+import csv
 import importlib.util
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait let other programs run
@@ -33,30 +36,8 @@ def run_module(method):
     return importlib.import_module(f"{method}_run")
 
 
-def redirect(monkeypatch, method, root):
-    """Has a method's runs written below root."""
-    monkeypatch.setattr(run_module(method), "ROOT", root)
-    monkeypatch.setattr(run_module(method), "HERE", root / method)
-
-
-def draw_no_curves(monkeypatch, method):
-    """They take nine tenths of a small run."""
-    monkeypatch.setattr(run_module(method), "plot_losses", lambda *_: None)
-
-
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    """script(method) is that method's train.py, whose runs are redirected to tmp_path."""
-
-    def get(method):
-        redirect(monkeypatch, method, tmp_path)
-        return load_script(method)
-
-    return get
-
-
 def picture(rng, width, height):
-    """A random RGB picture (PIL) of smooth blobs."""
+    """A random RGB image (PIL) of smooth blobs."""
     small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -88,3 +69,184 @@ def write_unpaired(root, name="unpaired", train=(6, 4), test=3, size=32, seed=0)
             if index < counts[1]:
                 Image.fromarray(255 - x).save(root / name / split / "y" / f"{index:03}.png")
     return root
+
+
+# -------------------------------------------------------------------------- small runs of train.py
+
+SMALL = {
+    "pix2pix": (write_pairs, []),
+    "cycleGAN": (write_unpaired, ["--n-layers", "1", "--buffer-size", "3"]),
+    "CUT": (write_unpaired, ["--n-layers", "5", "--num-patches", "16"]),
+}
+# Four epochs of two steps, of 4 and of 2 images; grids and a checkpoint after each epoch.
+FOUR_EPOCHS = ["--epochs", "4", "--batch-size", "4", "--sample-every", "1", "--save-model"]
+
+
+class SmallRun:
+    """Runs of a method's train.py on six images of 32 pixels below `root`, called "run"."""
+
+    def __init__(self, method, root):
+        self.method, self.root, self.module = method, root, load_script(method)
+        write, self.flags = SMALL[method]
+        write(root, "data")
+        self.folder = root / "visualize" / method / "run"
+        self.checkpoint = root / method / "model" / "run" / "checkpoint.pt"
+
+    def argv(self, *flags):
+        data = ["--data-root", self.root, "--data-folder", "data", "--output-root", self.root]
+        sizes = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--num-workers", "0"]
+        rest = ["--run-name", "run", "--device", "cpu", *self.flags, *flags]
+        return [str(word) for word in (*data, *sizes, *rest)]
+
+    def __call__(self, *flags):
+        """The exit status of train.py with these flags."""
+        return self.main(self.argv(*flags))
+
+    def resume(self, *flags):
+        """The same with --resume and only what finds the run."""
+        return self.main(["--output-root", str(self.root), "--run-name", "run", "--resume", *flags])
+
+    def main(self, argv):
+        try:
+            return self.module.main(argv)
+        except SystemExit as ended:
+            return ended.code
+
+    def fork(self, *flags, prepare=lambda: None, resume=False):
+        """Runs in a child process, without output. Returns its id."""
+        pid = os.fork()
+        if pid == 0:
+            status = 99
+            try:
+                prepare()
+                status = self.resume(*flags) if resume else self(*flags)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        return pid
+
+    def state(self):
+        return torch.load(self.checkpoint, weights_only=True)
+
+    def rows(self):
+        with open(self.folder / "losses.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def images(self, split="train"):
+        return sorted(self.root.glob(f"data/{split}/**/*.png"))
+
+    def traces(self):
+        """What a run leaves, but for times and flags: interruptions must not change it."""
+        state = self.state()
+        del state["args"], state["progress"]["seconds"]
+        for row in state["progress"]["rows"]:
+            del row["seconds"], row["images_per_second"]
+        rows = [{k: v for k, v in row.items() if "second" not in k} for row in self.rows()]
+        grids = {file.name: file.read_bytes() for file in self.folder.glob("val/*.png")}
+        return {"checkpoint": state, "losses.csv": rows, "val": grids}
+
+
+def exit_status(pid):
+    """Waits for a child; its exit status, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def assert_same(found, expected, where=""):
+    """found equals expected, tensors bit for bit; names the place where it does not."""
+    assert type(found) is type(expected), where
+    if isinstance(found, dict):
+        assert list(found) == list(expected), where
+        for key in found:
+            assert_same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(found, list | tuple):
+        assert len(found) == len(expected), where
+        for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same(a, b, f"{where}/{index}")
+    elif isinstance(found, torch.Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found, expected), where
+    else:
+        assert found == expected, where
+
+
+def error_line(capsys):
+    """The one error line of a run that has just failed, without its prefix."""
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err + shown.out
+    lines = [line for line in shown.err.splitlines() if "error: " in line]
+    assert len(lines) == 1, shown.err
+    assert lines[0].startswith("train.py: error: ") and shown.err.endswith(lines[0] + "\n")
+    return lines[0].removeprefix("train.py: error: ")
+
+
+class NoFigure:
+    """Stands for matplotlib's Figure, which takes nine tenths of a small run."""
+
+    def __init__(self, **_):
+        self.plot = lambda *_, **__: None
+
+    def add_subplot(self, *_, **__):
+        return self
+
+    def savefig(self, file, format):
+        file.write(b"a figure")
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
+
+
+def quick(patch, method):
+    """Has runs in this process draw no curves, and undoes what they do to the process."""
+    patch.setattr(run_module(method), "Figure", NoFigure)
+    patch.setattr(sys, "argv", ["train.py"])
+    patch.setattr(sys, "stdout", sys.stdout)
+    patch.setattr(sys, "stderr", sys.stderr)
+
+
+@pytest.fixture
+def run(method, tmp_path, monkeypatch):
+    """A SmallRun that has not started."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(name) for name in names]
+    quick(monkeypatch, method)
+    yield SmallRun(method, tmp_path)
+    for name, handler in zip(names, handlers, strict=True):
+        signal.signal(name, handler)
+
+
+@pytest.fixture(scope="module")
+def straight(method, tmp_path_factory):
+    """The traces of FOUR_EPOCHS that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch, method)
+        run = SmallRun(method, tmp_path_factory.mktemp(method))
+        assert run(*FOUR_EPOCHS) == 0
+    traces = run.traces()
+    assert traces["checkpoint"]["progress"]["step"] == 8
+    return traces
+
+
+@pytest.fixture
+def stopped(run):
+    """A run that has done one step of FOUR_EPOCHS."""
+    assert run(*FOUR_EPOCHS, "--max-steps", "1") == 0
+    return run
+
+
+@pytest.fixture
+def at_step(run, monkeypatch):
+    """at_step(n, act) has act(nets, losses) called after the n-th step; returns the steps done."""
+
+    def watch(step, act):
+        training_step, done = run.module.training_step, []
+
+        def watched(nets, *rest):
+            losses = training_step(nets, *rest)
+            done.append(step)
+            return (act(nets, losses) or losses) if len(done) == step else losses
+
+        monkeypatch.setattr(run.module, "training_step", watched)
+        return done
+
+    return watch

@@ -1,0 +1,365 @@
+"""Every way a run can end keeps what it has done: signals, kills, errors, closed streams, locks."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, exit_status, run_module
+
+SELDOM = [*FOUR_EPOCHS, "--sample-every", "100"]  # checkpoints after steps 2 and 8 alone
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def command(run, *flags):
+    return [sys.executable, ROOT / run.method / "train.py", *run.argv(*flags)]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_says_how_to_continue(run, straight, at_step, capsys, name):
+    number = getattr(signal, name)
+    at_step(3, lambda *_: os.kill(os.getpid(), number))
+    assert run(*FOUR_EPOCHS) == 128 + number
+    assert run.state()["progress"]["step"] == 3
+    assert f"python {run.method}/train.py --run-name run --resume" in capsys.readouterr().out
+    assert run.resume() == 0
+    assert_same(run.traces(), straight)
+
+
+def test_a_hangup_that_nohup_ignores_changes_nothing(run, straight, at_step):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(3, lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    assert run(*FOUR_EPOCHS) == 0
+    assert_same(run.traces(), straight)
+
+
+def test_a_second_signal_ends_at_once(run, at_step):
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+
+    at_step(3, twice)
+    started = time.monotonic()
+    assert exit_status(run.fork(*FOUR_EPOCHS)) == 130
+    assert time.monotonic() - started < 20
+    assert run.state()["progress"]["step"] == 2
+
+
+def test_the_command_survives_tee_and_a_signal_to_its_whole_group(run):
+    """As `train.py 2>&1 | tee log` and Ctrl-C: tee dies first; loading processes get it, too."""
+    if run.method != "CUT":
+        pytest.skip("the same code: one method is enough for a real command")
+    flags = [*SELDOM, "--epochs", "10000", "--num-workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT}
+    with subprocess.Popen(command(run, *flags), start_new_session=True, **pipes) as process:
+        wait_for(lambda: (run.folder / "losses.csv").exists() and len(run.rows()) > 1)
+        process.stdout.close()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    step = run.state()["progress"]["step"]
+    assert step >= 4
+    assert run.resume("--max-steps", str(step + 1), "--num-workers", "0") == 0
+    resumed = run.state()
+    assert run(*flags, "--num-workers", "0", "--overwrite", "--max-steps", str(step + 1)) == 0
+    assert_same(resumed["G"], run.state()["G"])
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "> /dev/full 2>&1", "2>&1 | head -c 100"])
+def test_closed_and_full_streams_do_not_end_a_run(run, straight, redirection):
+    if run.method != ["pix2pix", "cycleGAN", "CUT"][len(redirection) % 3]:
+        pytest.skip("the same code: one method is enough for a real command")
+    words = " ".join(f"'{word}'" for word in command(run, *FOUR_EPOCHS))
+    script = f"set -o pipefail; {words} {redirection}"
+    done = subprocess.run(["bash", "-c", script], env=ENVIRONMENT, check=False, timeout=120)
+    assert done.returncode == 0
+    assert_same(run.traces(), straight)
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+
+def test_killed_while_saving_and_at_any_moment_resumes_exactly(run, straight):
+    module, saves = run_module(run.method), []
+
+    def half_of_the_third():
+        def save(state, file):
+            saves.append(1)
+            torch.serialization.save(state, file)
+            if len(saves) == 3:
+                file.truncate(file.tell() // 2)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        module.torch = type(sys)("torch")
+        vars(module.torch).update(vars(torch), save=save)
+
+    assert exit_status(run.fork(*FOUR_EPOCHS, prepare=half_of_the_third)) == -signal.SIGKILL
+    assert run.state()["progress"]["step"] == 2
+    assert [f for f in run.checkpoint.parent.iterdir() if f.suffix == ".tmp"]
+    for _ in range(2):
+        pid = run.fork(resume=True)
+        time.sleep(random.uniform(0, 0.6))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert run.resume() == 0
+    assert_same(run.traces(), straight)
+    assert [f.name for f in run.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_one_run_one_process_until_it_is_killed(run, capsys, at_step):
+    at_step(2, lambda *_: time.sleep(60))
+    pid = run.fork(*FOUR_EPOCHS)
+    wait_for(run.checkpoint.exists)
+    for flags in (["--resume"], ["--overwrite"], []):
+        capsys.readouterr()
+        assert run(*FOUR_EPOCHS, *flags) == 2
+        assert "in progress in another process" in error_line(capsys)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert run.resume("--max-steps", "1") == 0
+
+
+def test_processes_that_ignore_signals_do_not_hang_the_interpreter(run):
+    """Even where an exception passes by everything that ends them."""
+    if run.method != "pix2pix":
+        pytest.skip("the same code: one method is enough for a real command")
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / run.method)!r})
+import torch, train
+from {run.method}_run import Run, parse_args
+args = parse_args({run.argv("--num-workers", "2")!r})
+device = torch.device("cpu")
+run = Run(args, train.build(args, device), train.build_data(args)[0], device)
+run.__enter__()
+batches = run.batches()
+next(batches)
+sys.modules["kept"] = batches
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 3
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def assert_same_training(run, straight):
+    """Weights, moments, buffers and random states are those of a run that nothing interrupted."""
+    state = run.state()
+    for name in state.keys() - {"args", "progress"}:
+        assert_same(state[name], straight["checkpoint"][name], name)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_unreadable_image_saves_first(run, straight, at_step, capsys, workers):
+    image = run.images()[2]
+    whole = image.read_bytes()
+    at_step(3, lambda *_: image.write_bytes(whole[:-100]) and None)
+    assert run(*SELDOM, "--num-workers", workers) == 2
+    assert f"cannot read {image}" in error_line(capsys)
+    assert run.state()["progress"]["step"] > 2
+    image.write_bytes(whole)
+    assert run.resume() == 0
+    assert_same_training(run, straight)
+
+
+def test_a_killed_loading_process_saves_first(run, straight, at_step, monkeypatch, capsys):
+    """Killed in the middle of a step, as by the system when memory is short."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
+
+    def kill(*_):
+        os.kill(max(p.pid for p in multiprocessing.active_children()), signal.SIGKILL)
+        time.sleep(0.2)
+
+    at_step(3, kill)
+    assert run(*SELDOM, "--num-workers", "2") == 2
+    assert "loading process" in error_line(capsys)
+    assert run.state()["progress"]["step"] > 2
+    assert run.resume("--num-workers", "0") == 0
+    assert_same_training(run, straight)
+
+
+def test_a_removed_val_folder_is_made_again(run, straight, at_step):
+    at_step(1, lambda *_: shutil.rmtree(run.folder / "val"))
+    assert run(*FOUR_EPOCHS) == 0
+    assert_same(run.traces(), straight)
+
+
+def test_a_visualize_folder_that_cannot_be_written_is_a_warning(run, straight, at_step, capsys):
+    """Full or read-only, while the model's disk is fine."""
+
+    def replace_by_a_file(*_):
+        shutil.rmtree(run.folder)
+        run.folder.write_text("a file where the folder belongs")
+
+    at_step(1, replace_by_a_file)
+    assert run(*FOUR_EPOCHS) == 0
+    shown = capsys.readouterr().err
+    assert "warning: cannot write" in shown and str(run.folder) in shown
+    assert_same_training(run, straight)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.99])
+def test_a_full_disk_leaves_the_last_checkpoint(stopped, straight, capsys, share):
+    whole, limits = stopped.checkpoint.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(whole)), limits[1]))
+    try:
+        assert stopped.resume() == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write {stopped.checkpoint}" in error_line(capsys)
+    assert stopped.checkpoint.read_bytes() == whole
+    assert [f.name for f in stopped.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
+    assert stopped.resume() == 0  # once there is room
+    assert_same(stopped.traces(), straight)
+
+
+def test_it_saves_at_the_end_of_an_epoch_ten_minutes_after_the_last_save(run, monkeypatch):
+    """A clock that gains four minutes a step: saves after steps 2 (grids), 6 and 8 (the end)."""
+    module, saved = run_module(run.method), []
+    save, clock, training_step = module.Run.save, [0.0], run.module.training_step
+
+    def step(*rest):
+        clock[0] += 240
+        return training_step(*rest)
+
+    def watched(self):
+        saved.append(self.progress["step"])
+        save(self)
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run.module, "training_step", step)
+    monkeypatch.setattr(module.Run, "save", watched)
+    assert run(*SELDOM) == 0
+    assert saved == [0, 2, 6, 8]
+
+
+@pytest.mark.parametrize("step, kept", [(1, False), (1, True), (3, True)])
+def test_a_loss_that_is_not_finite_names_term_and_step(run, at_step, capsys, step, kept):
+    at_step(step, lambda _, losses: {n: v * torch.nan for n, v in losses.items()})
+    assert run(*(FOUR_EPOCHS if kept else FOUR_EPOCHS[:-1])) == 2
+    error = error_line(capsys)
+    assert f" is nan at step {step}" in error and "total" not in error.split(" is nan")[0]
+    assert (str(run.checkpoint) in error) == kept
+    if kept:
+        assert run.state()["progress"]["step"] == step - 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, at_step, capsys):
+    """The losses of a step are computed before the update that spoils the weights."""
+
+    def spoil(nets, _losses):
+        with torch.no_grad():
+            next(nets["G"].parameters()).fill_(torch.inf)
+
+    at_step(4, spoil)
+    assert run(*FOUR_EPOCHS) == 2
+    assert "not finite" in error_line(capsys)
+    assert run.state()["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "error, way_out",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--batch-size"),
+        (RuntimeError("MPS backend out of memory"), "--batch-size"),
+        (MemoryError(), "--batch-size"),
+        (RuntimeError("unable to open shared memory object </torch_1>"), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error."), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--num-workers 0"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line_with_the_way_out(run, at_step, capsys, error, way_out):
+    def fail(*_):
+        raise error
+
+    at_step(3, fail)
+    assert run(*FOUR_EPOCHS) == 2
+    assert way_out in error_line(capsys)
+    assert run.state()["progress"]["step"] == 2  # it was within a step
+
+
+def test_a_bug_keeps_its_traceback(run, at_step):
+    at_step(1, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*FOUR_EPOCHS)
+
+
+# --------------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(run, *flags):
+    """Two gloo processes. Returns the completed process."""
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port())]
+    command_line = [sys.executable, *words, *command(run, *flags)[1:]]
+    streams = {"capture_output": True, "text": True, "env": ENVIRONMENT}
+    return subprocess.run(command_line, **streams, check=False, timeout=180)
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes_equal_one_with_the_same_batches_and_resume_exactly(run):
+    """CUT's patches are random, so only pix2pix without dropout could equal; CUT resumes."""
+    if run.method != "cycleGAN":
+        pytest.skip("the same code: one method is enough for real commands")
+    flags = [*FOUR_EPOCHS, "--batch-size", "2", "--epochs", "2", "--buffer-size", "0"]
+    done = torchrun(run, *flags)
+    assert done.returncode == 0, done.stderr
+    two, rows = run.state(), run.rows()
+    assert len(two["ranks"]) == 2 and two["progress"]["step"] == 4
+    assert done.stdout.count("cycleGAN on data") == 1
+    assert run(*flags, "--overwrite", "--batch-size", "4") == 0
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    name = next(iter(two["G"]))
+    torch.testing.assert_close(two["G"][name], run.state()["G"][name], rtol=0, atol=2e-4)
+    assert torchrun(run, *flags, "--overwrite", "--max-steps", "1").returncode == 0
+    assert run.resume() == 2  # one process cannot continue what two began
+    flags = ["--resume", "--batch-size", "2", "--epochs", "2", "--buffer-size", "0"]
+    assert torchrun(run, *flags).returncode == 0
+    for part in ("G", "D_X", "ranks"):
+        assert_same(run.state()[part], two[part])
+
+
+def test_processes_that_differ_report_it(run, monkeypatch, capsys):
+    """As on a second machine whose images have other sizes."""
+    module = run_module(run.method)
+    monkeypatch.setattr(module, "gather", lambda value: [value, [*value[:-1], ("000.png", 7)]])
+    assert run(*FOUR_EPOCHS) == 2
+    assert "different flags or different training images" in error_line(capsys)
+
+
+def test_a_process_that_dies_reports_the_real_error(run):
+    if run.method != "CUT":
+        pytest.skip("the same code: one method is enough for real commands")
+    image = run.images()[0]
+    image.write_bytes(image.read_bytes()[:-100])
+    done = torchrun(run, *FOUR_EPOCHS)
+    assert done.returncode != 0
+    assert f"train.py: error: cannot read {image}" in done.stderr
+    assert "Traceback" not in done.stderr.split("train.py: error: ")[0]
