@@ -354,11 +354,11 @@ def test_the_error_is_the_standard_error(tmp_path):
 
 def test_a_stripe_is_looked_for_at_the_generated_size(tmp_path):
     """A generated image of an odd size is not resized, which would move the stripe."""
-    striped = [image + 8 * (-1.0) ** np.arange(64)[None, :, None] for image in blobs(4)]
-    striped[3] = striped[3][:40, :48]
+    images = blobs(4)
+    images[3] = images[3][:40, :48] + 8 * (-1.0) ** np.arange(48)[None, :, None]
     b = write(tmp_path / "b", blobs(4, 96, 96, seed=1))
-    report = run(tmp_path, write(tmp_path / "a", striped), b)
-    assert report["stripes"]["vertical_2"] > 6
+    report = run(tmp_path, write(tmp_path / "a", images), b)
+    assert report["stripes"]["vertical_2"] > 3
     text = "\n".join(report["table"])
     assert "4 generated, 3 of them 64x64" in text and "4 reference, 4 of them 96x96" in text
     assert "sets to 64x64" in text
