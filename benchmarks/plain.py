@@ -1,26 +1,25 @@
-"""The three training steps without any saving: what benchmarks/step_time.py compares train.py with.
+"""The three training steps without any saving: what step_time.py compares train.py with.
 
-Every picture goes through a network by itself, every feature is computed where it is needed, the
-backward pass of G's step reaches into D, Adam is torch's default. tests/test_fast.py holds these
-steps against those of train.py: the same losses, the same weights afterwards.
+Each image goes through a network by itself, each feature is computed where it is needed, the
+backward pass of G's step reaches into D, Adam is torch's default. tests/test_benchmarks.py compares
+these steps with those of train.py: the same losses and gradients.
 """
 
 import torch
 from torch.nn.functional import l1_loss
 
 
-def build(train, args, device):
-    """What train.build gives, with torch's default Adam. train: the module of a train.py."""
-    nets = train.build(args, device)
-    for name, part in nets.items():
+def with_default_adam(nets, args):
+    """nets, what train.build gave, with torch's default Adam for each optimizer."""
+    for name in nets:
         if name.startswith("optimizer"):
-            weights = part.param_groups[0]["params"]
+            weights = nets[name].param_groups[0]["params"]
             nets[name] = torch.optim.Adam(weights, args.lr, betas=(0.5, 0.999))
     return nets
 
 
 def descend(loss, *optimizers):
-    """One step of each, down the gradient of loss; other networks get gradients nobody uses."""
+    """One step of each optimizer; other networks get gradients that nobody uses."""
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
@@ -29,7 +28,7 @@ def descend(loss, *optimizers):
 
 
 def pix2pix_step(train, nets, x, y, args):
-    """x, y: (N, 3, H, W) in [-1, 1]. Returns the totals that train.training_step names alike."""
+    """x, y: (N, 3, H, W) in [-1, 1]. Returns the totals, named as train.training_step does."""
     G, D, gan_loss = nets["G"], nets["D"], train.gan_loss
     fake_y = G(x)
     D_total = (gan_loss(D(x, y), True) + gan_loss(D(x, fake_y.detach()), False)) / 2
@@ -40,7 +39,7 @@ def pix2pix_step(train, nets, x, y, args):
 
 
 def cycleGAN_step(train, nets, x, y, args):
-    """As pix2pix_step. Of the terms the paper's three: GAN, cycle, and identity if asked for."""
+    """As pix2pix_step. The paper's three terms: GAN, cycle, and identity with --identity-ratio."""
     G, F, D_X, D_Y = (nets[name] for name in ("G", "F", "D_X", "D_Y"))
     gan_loss = train.gan_loss
     fake_y, fake_x = G(x), F(y)
@@ -62,7 +61,7 @@ def cycleGAN_step(train, nets, x, y, args):
 
 
 def CUT_step(train, nets, x, y, args):
-    """As pix2pix_step. No mirroring, no semantic relations; y is contrasted, too, if asked for."""
+    """As pix2pix_step. No flips, no semantic relations; y is contrasted too if NCE_ratio_id."""
     G, D, H, gan_loss = nets["G"], nets["D"], nets["H"], train.gan_loss
     identity, taps = args.NCE_ratio_id > 0, args.feat_str.split(", ")
     fake_y = G(x)

@@ -1,367 +1,300 @@
 """Times the training step that <method>/train.py runs, in several configurations side by side.
 
     python benchmarks/step_time.py --method cycleGAN
-    python benchmarks/step_time.py --method CUT --configs fp32 bf16 bf16+channels-last bf16+compile
-    python benchmarks/step_time.py --method pix2pix --batch-size 8 --profile
+    python benchmarks/step_time.py --method CUT --configs fp32 bf16 bf16+compile --minutes 20
+    python benchmarks/step_time.py --method pix2pix --output results/pix2pix -- --ngf 32
 
-Every round takes each configuration in turn, so that what disturbs the machine disturbs all of
-them; "faster" is the median over rounds of the plain step's time (benchmarks/plain.py: fp32,
-separate calls, no sharing) over the configuration's. Pictures come from the real loader. The table
-goes to standard output in Markdown.
+Each configuration has a process of its own, and they take turns: what disturbs the machine disturbs
+all of them, and one that fails costs its row only. "faster" is the median over rounds of the plain
+step's time (plain.py: fp32, nothing shared) over the configuration's. Images come from the real
+dataset and loader. The table is Markdown; with --output it also goes to a file, next to a JSON of
+all timings that is rewritten after each turn. What follows -- goes to train.py.
 """
 
 import argparse
-import importlib.util
 import json
-import os
+import math
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("pix2pix", "cycleGAN", "CUT")
-PARTS = ("plain", "fp32", "tf32", "bf16", "channels-last", "compile", "graph")
+PARTS = ("plain", "fp32", "tf32", "bf16", "channels-last", "compile", "graph")  # of a name
+DEFAULTS = {
+    "cpu": ["fp32", "bf16"],
+    "mps": ["fp32"],
+    "cuda": ["fp32", "tf32", "bf16", "tf32+compile", "bf16+compile", "tf32+graph", "bf16+graph"],
+}
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def parse_args(argv=None):
-    """The flags; those that follow -- go to train.py as they are, as `rest`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
+def parse_args(argv):
+    """The flags; those after -- are for train.py, as `rest`."""
+    end = argv.index("--") if "--" in argv else len(argv)
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("step_time.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser("step_time.py", None, __doc__, formatter_class=style)
     add = parser.add_argument
     add("--method", choices=METHODS, required=True, help="whose step")
+    add("--configs", nargs="+", help=f"parts joined by +, of {', '.join(PARTS)} [by device]")
     add("--image-size", type=int, default=256, help="pixels [256]")
-    add("--batch-size", type=int, default=1, help="pictures a step [1]")
-    add("--device", default="auto", help="auto, cpu, cuda [auto]")
-    names = f"parts joined by +, of {', '.join(PARTS[1:])} [fp32 bf16; on CUDA all, one by one]"
-    add("--configs", nargs="+", help=names)
-    add("--rounds", type=int, help="timings of each configuration [4; on CUDA 20]")
-    add("--burst", type=int, help="steps a timing [1; on CUDA 20]")
-    add("--warm-up", type=int, help="rounds before, not counted [1; on CUDA 2]")
-    add("--no-memory", action="store_true", help="no peak memory, which takes a process each [off]")
-    add("--profile", action="store_true", help="also the operators that take the time [off]")
-    add("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
-    args = parser.parse_args(argv[:cut])
-    args.rest = argv[cut + 1 :]
+    add("--batch-size", type=int, default=1, help="images per step [1]")
+    add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    add("--rounds", type=int, help="turns of each configuration [4; on CUDA 20, of 20 steps]")
+    add("--minutes", type=float, default=1e9, help="start no round after this long [no limit]")
+    add("--output", type=Path, help="write <output>.md and <output>.json [none]")
+    add("--serve", nargs=2, help=argparse.SUPPRESS)  # how this script calls itself
+    args = parser.parse_args(argv[:end])
+    args.rest = argv[end + 1 :]
     for name in args.configs or ():
         if set(name.split("+")) - set(PARTS):
-            parser.error(f"--configs {name}: parts are {', '.join(PARTS[1:])}")
-    for name, low in (("rounds", 1), ("burst", 1), ("warm_up", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            given = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            parser.error(f"{given}: wanted is a number from {low} on")
+            parser.error(f"--configs {name}: parts are {', '.join(PARTS)}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be at least 1")
     return args
 
 
-args_of_script = parse_args() if __name__ == "__main__" else None  # before torch takes its seconds
+if __name__ == "__main__":
+    parse_args(sys.argv[1:])  # --help and mistyped flags answer before torch takes its seconds
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import plain
+from configuration import ROOT, Configuration
 
-
-def load_train(method):
-    """The module <method>/train.py: the real step, imported."""
-    sys.path.insert(0, str(ROOT / method))
-    spec = importlib.util.spec_from_file_location(f"{method}_train", ROOT / method / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class Configuration:
-    """One way to run a step: config(x, y) runs it. name: parts joined by +, or "plain"."""
-
-    def __init__(self, train, args, name, folder="."):
-        self.name, self.parts, self.method = name, name.split("+"), args.method
-        self.precision = next((p for p in self.parts if p in ("tf32", "bf16")), "fp32")
-        flags = ["--image-size", str(args.image_size), "--batch-size", str(args.batch_size)]
-        flags += ["--load-size", str(args.image_size * 286 // 256), "--device", args.device]
-        flags += ["--precision", self.precision, "--data-root", str(folder), "--data-folder", "d"]
-        flags += ["--compile"] if "compile" in self.parts else []
-        self.train, self.args = train, train.parse_args([*flags, *args.rest])
-        self.device = train.pick_device(self.args)
-        torch.manual_seed(0)
-        make = (lambda *a: plain.build(train, *a)) if name == "plain" else train.build
-        self.nets, self.replay = make(self.args, self.device), None
-        if "channels-last" in self.parts:
-            for net in self.nets.values():
-                if isinstance(net, torch.nn.Module):
-                    net.to(memory_format=torch.channels_last)
-
-    def __call__(self, x, y):
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
-        if "channels-last" in self.parts:
-            x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
-        if "graph" in self.parts:
-            return self.run_graph(x, y)
-        if self.name == "plain":
-            return plain.STEPS[self.method](self.train, self.nets, x, y, self.args)
-        return self.train.training_step(self.nets, x, y, self.args)
-
-    def run_graph(self, x, y):
-        """One CUDA graph around the whole step. What the host draws, that is, what an image buffer
-        gives, is as it was at the capture: good for timing, not for training."""
-        if self.replay is None:
-            for optimizer in self.nets.values():
-                for group in getattr(optimizer, "param_groups", []):
-                    group["capturable"] = True
-            self.given = x.clone(), y.clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    self.train.training_step(self.nets, *self.given, self.args)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.replay = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.replay):
-                self.losses = self.train.training_step(self.nets, *self.given, self.args)
-        for static, new in zip(self.given, (x, y), strict=True):
-            static.copy_(new)
-        self.replay.replay()
-        return self.losses
+# ------------------------------------------------------------------- what a configuration measures
 
 
 def wait_for(device):
-    """Until the device has done what it was given."""
+    """Waits until the device has finished its work."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def rate(function, flops, device, calls):
+    """FLOP/s of `calls` calls between two waits, the best of five."""
+    seconds = []
+    for _ in range(5):
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return calls * flops / min(seconds)
+
+
+@torch.no_grad()
+def ceilings(config):
+    """FLOP/s of a large matrix product and of the residual blocks' convolution, forward."""
+    args, device = config.args, config.device
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    n, size = (2048 if device.type == "cpu" else 8192), args.image_size // 4
+    matrix = torch.ones(n, n, dtype=dtype, device=device)
+    x = torch.ones(args.batch_size, 256, size + 2, size + 2, dtype=dtype, device=device)
+    weight = torch.ones(256, 256, 3, 3, dtype=dtype, device=device)
+    flops, calls = 2 * 256 * 256 * 9 * size**2 * len(x), 4 if device.type == "cpu" else 100
+    product = rate(lambda: matrix @ matrix, 2 * n**3, device, max(1, calls // 4))
+    return product, rate(lambda: torch.conv2d(x, weight), flops, device, calls)
+
+
+def peak_memory(device):
+    """Bytes at the peak: of the GPU's tensors, or of this process. 0 where that is unknown."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def endless_batches(config):
+    """x, y on the device from train.py's own dataset, epoch after epoch."""
+    args, train, order = config.args, config.train, []
+    data, pinned = train.build_data(args)[0], config.device.type == "cuda"
+    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+    loader = DataLoader(data, batch_sampler=order, pin_memory=pinned, **workers)
+    for epoch in range(1, 10**9):
+        keys = [(epoch, index) for index in range(len(data))] * args.batch_size
+        order[:] = [keys[k : k + args.batch_size] for k in range(0, len(keys), args.batch_size)]
+        for batch in loader:
+            yield [train.to_unit(t.to(config.device, non_blocking=pinned)) for t in batch]
 
 
 def count_flops(function, *args):
-    """Floating-point operations of function(*args): products and sums of convolutions and matrix
-    products, forward and backward; nothing else is counted."""
+    """Products and sums in the convolutions and matrix products of function(*args), both ways."""
     with FlopCounterMode(display=False) as counter:
         function(*args)
     return counter.get_total_flops()
 
 
-def best_rate(function, flops, device, repeats=5):
-    """FLOP/s of the fastest of some calls of function."""
-    times = []
-    for _ in range(repeats):
-        wait_for(device)
-        started = time.perf_counter()
-        function()
-        wait_for(device)
-        times.append(time.perf_counter() - started)
-    return flops / min(times)
-
-
-def measure_ceilings(precision, args, device):
-    """FLOP/s of a big matrix product, and of the step's main convolution, forward."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    n, size = (8192 if device.type == "cuda" else 2048), args.image_size // 4 + 2
-    matrix = torch.ones(n, n, dtype=dtype, device=device)
-    x = torch.ones(args.batch_size, 256, size, size, dtype=dtype, device=device)
-    weight = torch.ones(256, 256, 3, 3, dtype=dtype, device=device)
-    flops = 2 * args.batch_size * 256 * 256 * 9 * (size - 2) ** 2
-    with torch.no_grad():
-        product = best_rate(lambda: matrix @ matrix, 2 * n**3, device)
-        convolution = best_rate(lambda: torch.conv2d(x, weight), flops, device, 20)
-    return {"matrix product": product, "convolution": convolution}
-
-
-def write_pictures(folder, method, count=16):
-    """A data set of noisy JPEGs, 256 px, in folder/d; train and test are the same."""
-    noise = np.random.default_rng(0)
-    sides = [""] if method == "pix2pix" else ["x", "y"]
-    for place in [Path(folder, "d", split, side) for split in ("train", "test") for side in sides]:
-        place.mkdir(parents=True)
-        for index in range(count):
-            small = noise.integers(0, 256, (32, 64 if method == "pix2pix" else 32, 3), np.uint8)
-            image = Image.fromarray(small).resize((8 * small.shape[1], 256))
-            image.save(place / f"{index}.jpg")
-
-
-def endless_batches(config):
-    """x, y on the device from train.py's own loader, epoch after epoch, and the seconds waited."""
-    train, device = config.train, config.device
-    loader = train.build_loader(config.args, train.build_data(config.args)[0], device)
-    epoch, started = 1, time.perf_counter()
-    while True:
-        loader.batch_sampler.start(epoch, 0)
-        for batch in loader:
-            x, y = (train.to_unit(part.to(device, non_blocking=True)) for part in batch)
-            yield x, y, time.perf_counter() - started
-            started = time.perf_counter()
-        epoch += 1
-
-
-def peak_memory(train, args, name):
-    """Bytes at the peak of two steps, beyond what the process holds before the networks are built.
-
-    It takes a process of its own, since memory that was freed is not given back. 0 where that
-    cannot be told, that is, on CPUs other than under Linux.
-    """
-    if name == args.memory_of:
-        x, y = torch.rand(2, args.batch_size, 3, args.image_size, args.image_size) * 2 - 1
-        before = resident("VmRSS", anew=True)
-        config = Configuration(train, args, name)
-        for _ in range(2):
-            config(x.to(config.device), y.to(config.device))
-        if config.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(config.device)
-        return resident("VmHWM") - before
-    sizes = ["--image-size", str(args.image_size), "--batch-size", str(args.batch_size)]
-    flags = ["--method", args.method, *sizes, "--device", args.device, "--memory-of", name]
-    command = [sys.executable, __file__, *flags, "--", *args.rest]
-    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
-
-
-def resident(field, anew=False):
-    """Bytes of memory, VmRSS now or VmHWM at the peak; anew: the peak starts here."""
-    folder = Path("/proc/self")
-    if not folder.exists():
-        return 0
-    if anew:
-        (folder / "clear_refs").write_text("5")
-    (line,) = (e for e in (folder / "status").read_text().splitlines() if e.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
-def describe_machine(device):
-    """Hardware, versions and commit, in one line."""
+def hardware(device):
+    """The device in words."""
     if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        model = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-        fast = [f for f in ("avx2", "avx512_bf16", "amx_bf16") if any(f in line for line in lines)]
-        hardware = f"{(model or [platform.machine()])[0]}, {os.cpu_count()} cores, "
-        hardware += f"{torch.get_num_threads()} threads, {' '.join(fast)}"
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{hardware}; {versions}; commit {done.stdout.strip() or 'none'}"
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    model = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
+    fast = [flag for flag in ("avx2", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
+    return f"{model[0]}, {torch.get_num_threads()} threads, {' '.join(fast)}"
 
 
-def time_rounds(configs, args, batches):
-    """{name: [seconds a step, of each round]} and {name: [share of them spent waiting for data]}"""
-    seconds, waited = ({config.name: [] for config in configs} for _ in range(2))
-    for number in range(args.warm_up + args.rounds):
-        for config in configs:
-            waits, started = 0.0, time.perf_counter()
-            for _ in range(args.burst):
-                asked = time.perf_counter()
-                x, y, _ = next(batches)
-                waits += time.perf_counter() - asked
-                config(x, y)
-            wait_for(config.device)
-            took = time.perf_counter() - started
-            if number >= args.warm_up:
-                seconds[config.name].append(took / args.burst)
-                waited[config.name].append(waits / took)
-    return seconds, waited
+def serve(args):
+    """A configuration's process: standard input asks for "ceilings" or a number of steps."""
+    before = peak_memory(torch.device("cpu"))  # of the imports
+    config = Configuration(args.serve[0], args, args.serve[1])
+    device, batches = config.device, endless_batches(config)
+    facts = {"device": device.type, "hardware": hardware(device)}
+    if not {"compile", "graph"} & set(config.parts):
+        facts["flops"] = count_flops(config, *next(batches))
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        if line == "ceilings\n":
+            print(json.dumps(ceilings(config)), flush=True)
+            continue
+        waits, start = 0.0, time.perf_counter()
+        for _ in range(int(line)):
+            asked = time.perf_counter()
+            x, y = next(batches)
+            waits += time.perf_counter() - asked
+            losses = config(x, y)
+        wait_for(device)
+        seconds, memory = time.perf_counter() - start, peak_memory(device)
+        memory -= before if device.type != "cuda" else 0
+        bad = [name for name, loss in losses.items() if not loss.isfinite()]
+        if bad:
+            raise FloatingPointError(f"{', '.join(bad)} not finite")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # for the other processes
+        turn = {"seconds": seconds / int(line), "waited": waits / seconds, "memory": memory}
+        print(json.dumps(turn), flush=True)
 
 
-def show_profile(config, x, y):
-    """Prints the operators of one step that take the most time."""
-    with torch.profiler.profile(record_shapes=True) as profile:
-        config(x, y)
-        wait_for(config.device)
-    by = "self_cpu_time_total" if config.device.type == "cpu" else "self_device_time_total"
-    events = profile.key_averages(group_by_input_shape=True)
-    total = sum(getattr(event, by) for event in events)
-    print(f"\n{config.name}: {total / 1e3:.0f} ms\n\n| share | ms | calls | operator | sizes |")
-    print("|---|---|---|---|---|")
-    for event in sorted(events, key=lambda event: -getattr(event, by))[:16]:
-        spent, sizes = getattr(event, by), [s for s in event.input_shapes if s][:2]
-        row = (f"{spent / total:.1%}", f"{spent / 1e3:.0f}", event.count, event.key, sizes)
-        print("|", " | ".join(map(str, row)), "|")
+# ---------------------------------------------------------------------------------- the comparison
 
 
-def middle(values, scale, digits):
-    """Median (least to most)."""
-    low, high = (f"{scale * value:.{digits}f}" for value in (min(values), max(values)))
-    return f"{scale * statistics.median(values):.{digits}f} ({low} to {high})"
+class Process:
+    """A configuration in its process. ask(request) gives its reply, {} once it has failed."""
+
+    def __init__(self, name, argv, data_root):
+        self.name, self.turns, self.error, pipe = name, [], None, subprocess.PIPE
+        command = [sys.executable, __file__, "--serve", name, str(data_root), *argv]
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+        streams = {"stdin": pipe, "stdout": pipe, "stderr": self.stderr}
+        self.process = subprocess.Popen(command, text=True, **streams)
+        self.facts = self.read()
+
+    def read(self):
+        """The next line of JSON."""
+        for line in self.process.stdout:
+            if line[0] in "{[":
+                return json.loads(line)
+        self.stderr.seek(0)
+        self.error = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
+        return {}
+
+    def ask(self, request):
+        with suppress(BrokenPipeError):
+            print(request, file=self.process.stdin, flush=True)
+        return {} if self.error else self.read()
 
 
-def main(args):
-    train = load_train(args.method)
-    if args.memory_of:
-        print(json.dumps(peak_memory(train, args, args.memory_of)))
+def write_noise(root, method, count=16):
+    """A dataset of noisy JPEGs, 256 px, in root/noise; train and test are the same."""
+    rng = np.random.default_rng(0)
+    width, sides = (64, [""]) if method == "pix2pix" else (32, ["x", "y"])
+    for folder in [Path(root, "noise", split, s) for split in ("train", "test") for s in sides]:
+        folder.mkdir(parents=True)
+        for index in range(count):
+            small = Image.fromarray(rng.integers(0, 256, (32, width, 3), np.uint8))
+            small.resize((8 * width, 256)).save(folder / f"{index}.jpg")
+
+
+def spread(values, digits):
+    """Median (minimum to maximum)."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def row_of(process, args, plain_turns, flops):
+    """A configuration's row in the table. flops: of a step, where its process did not count."""
+    if process.error or not process.turns:
+        return f"| {process.name} | failed: {process.error} |||||||"
+    seconds, waited = ([turn[key] for turn in process.turns] for key in ("seconds", "waited"))
+    plain_seconds, median = [turn["seconds"] for turn in plain_turns], statistics.median(seconds)
+    faster = [a / b for a, b in zip(plain_seconds, seconds, strict=False)] or [math.nan]
+    rates = [process.facts.get("flops", flops) / median, *process.ask("ceilings")]
+    speed, *peaks = (f"{rate / 1e9:.0f}" for rate in rates)
+    row = [process.name, spread([1e3 * s for s in seconds], 1), f"{args.batch_size / median:.2f}"]
+    row += [spread(faster, 2), f"{process.turns[-1]['memory'] / 1e6:.0f}", speed, ", ".join(peaks)]
+    return f"| {' | '.join(row)} | {statistics.median(waited):.2%} |"
+
+
+def table(args, processes):
+    """The results as Markdown."""
+    flops = {p.name: p.facts["flops"] for p in processes if "flops" in p.facts}
+    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
+    shared = next((flops[name] for name in flops if name != "plain"), math.nan)
+    rows = "\n".join(row_of(process, args, processes[0].turns, shared) for process in processes)
+    counts = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in flops.items())
+    return f"""{args.method}, {args.image_size} px, batch {args.batch_size} {" ".join(args.rest)}
+
+{processes[0].facts.get("hardware")}; torch {torch.__version__}; commit {commit};
+medians of {len(processes[0].turns)} rounds (minimum to maximum)
+
+| | ms per step | images/s | faster | peak MB | GFLOP/s | ceilings: product, conv | data wait |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+GFLOP in the convolutions and matrix products of a step: {counts}.
+"""
+
+
+def compare(args, argv, data_root):
+    """Runs the processes in turn. Returns them, the plain one first."""
+    start, processes = time.monotonic(), [Process("plain", argv, data_root)]
+    device = processes[0].facts.get("device", "cpu")
+    rounds, steps, warm_up = (20, 20, 2) if device == "cuda" else (4, 1, 1)
+    names = [name for name in args.configs or DEFAULTS[device] if name != "plain"]
+    processes += [Process(name, argv, data_root) for name in names]
+    for number in range(warm_up + (args.rounds or rounds)):
+        if number > warm_up and time.monotonic() - start > 60 * args.minutes:
+            break
+        for process in processes:
+            turn = process.ask(steps)
+            process.turns += [turn] if turn and number >= warm_up else []
+            facts = {p.name: {"turns": p.turns, "error": p.error, **p.facts} for p in processes}
+            if args.output:
+                args.output.with_suffix(".json").write_text(json.dumps(facts, indent=1))
+    return processes
+
+
+def main(argv=None):
+    """Runs the command line. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.serve:
+        serve(args)
         return 0
-    try:
-        return compare(train, args)
-    except train.RunError as error:
-        print(f"step_time.py: error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        train.end_loading()
-
-
-def compare(train, args):
-    """Measures, and prints the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_pictures(folder, args.method)
-        first = Configuration(train, args, "plain", folder)
-        device = first.device
-        cuda = device.type == "cuda"
-        names = args.configs or (["fp32", *PARTS[2:]] if cuda else ["fp32", "bf16"])
-        if not cuda and any("graph" in name for name in names):
-            raise train.RunError(f"--configs graph is for CUDA devices, this is {device}")
-        args.rounds, args.burst = args.rounds or (20 if cuda else 4), args.burst or 1 + 19 * cuda
-        args.warm_up = 1 + cuda if args.warm_up is None else args.warm_up
-        configs = [first]
-        configs += [Configuration(train, args, n, folder) for n in names if n != "plain"]
-        batches = endless_batches(first)
-        x, y, _ = next(batches)
-        shared = Configuration(train, args, "fp32", folder)
-        flops = {"plain": count_flops(first, x, y), "": count_flops(shared, x, y)}
-        del shared
-        kinds = dict.fromkeys(config.precision for config in configs)
-        before = {kind: measure_ceilings(kind, args, device) for kind in kinds}
-        seconds, waited = time_rounds(configs, args, batches)
-        after = {kind: measure_ceilings(kind, args, device) for kind in kinds}
-        ceilings = {k: {n: max(r, after[k][n]) for n, r in before[k].items()} for k in kinds}
-        memory = (
-            {} if args.no_memory else {c.name: peak_memory(train, args, c.name) for c in configs}
-        )
-
-    print(f"{args.method}, {args.image_size} px, batch {args.batch_size} {' '.join(args.rest)}")
-    print(f"\n{describe_machine(device)}; medians of {args.rounds} rounds (least to most)\n")
-    print(
-        "| | ms a step | pictures a second | faster | peak MB | GFLOP/s | of the convolution's |",
-        end="",
-    )
-    print(" waiting for data |\n|---|---|---|---|---|---|---|---|")
-    for config in configs:
-        name, spent = config.name, seconds[config.name]
-        faster = [a / b for a, b in zip(seconds["plain"], spent, strict=True)]
-        rate = flops.get(name, flops[""]) / statistics.median(spent)
-        row = [name, middle(spent, 1e3, 1), f"{args.batch_size / statistics.median(spent):.2f}"]
-        row += [middle(faster, 1, 2), f"{memory.get(name, 0) / 1e6:.0f}" if memory else ""]
-        row += [f"{rate / 1e9:.0f}", f"{rate / ceilings[config.precision]['convolution']:.0%}"]
-        print("|", " | ".join([*row, f"{statistics.median(waited[name]):.2%}"]), "|")
-    for kind, rates in ceilings.items():
-        each = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
-        print(f"\nCeiling in {kind}: {each}.")
-    counts = ", ".join(f"{name or 'train.py'} {n / 1e9:.1f} GFLOP" for name, n in flops.items())
-    print(f"\nCounted in one step: {counts}.")
-    for config in configs if args.profile else ():
-        show_profile(config, x, y)
-    return 0
+    with tempfile.TemporaryDirectory() as data_root:
+        write_noise(data_root, args.method)
+        processes = compare(args, argv, data_root)
+        text = table(args, processes)
+        for process in processes:
+            process.process.communicate()
+    print(text)
+    if args.output:
+        args.output.with_suffix(".md").write_text(text)
+    return 2 * bool(processes[0].error)
 
 
 if __name__ == "__main__":
-    sys.exit(main(args_of_script))
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""The training step on CUDA, as far as it can be emulated without a GPU, and the benchmarks."""
+
+import collections
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from conftest import METHODS, ROOT, load_script, run_module, write_pairs
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import parity
+import plain
+import step_time
+
+CUDA = torch.device("cuda:0")
+SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4"]
+NARROW = {
+    "pix2pix": SMALL,
+    "cycleGAN": [*SMALL, "--n-layers", "1"],
+    "CUT": [*SMALL, "--n-layers", "5", "--num-patches", "64"],
+}
+VARIANTS = {
+    "pix2pix": ["", "--ema 0.9"],
+    "cycleGAN": ["", "--antialias --ema 0.9", "--identity-ratio 5 --pix-loss --pix-blur"],
+    "CUT": ["", "--buffer-size 1 --antialias --ema 0.9", "--fast"],
+}
+VARIANTS["CUT"] += ["--query attention --nce ence", "--nce hdce --src-ratio 0.05 --no-detach"]
+STEPS = [
+    (m, f, p) for m in METHODS for f in VARIANTS[m] for p in ("fp32", "bf16", *["tf32"] * (not f))
+]
+
+
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+# ---------------------------------------------------------- the step on CUDA tensors without values
+
+
+@torch.no_grad()
+def backward(loss, inputs):
+    """What loss.backward(inputs=inputs) does: autograd's engine needs a GPU for CUDA tensors."""
+    order, seen, stack = [], {loss.grad_fn}, [(loss.grad_fn, iter(loss.grad_fn.next_functions))]
+    while stack:  # depth first: a node comes after those that it passes gradients to
+        node, edges = stack[-1]
+        following = next((n for n, _ in edges if n is not None and n not in seen), None)
+        if following is None:
+            order.append(stack.pop()[0])
+        else:
+            seen.add(following)
+            stack.append((following, iter(following.next_functions)))
+    gradients = collections.defaultdict(dict)
+    gradients[loss.grad_fn][0] = torch.ones_like(loss)
+    for node in reversed(order):
+        arrived = gradients.pop(node)
+        if hasattr(node, "variable"):
+            if any(node.variable is weight for weight in inputs):
+                node.variable.grad = arrived[0]
+            continue
+        results = node(*[arrived.get(k) for k in range(len(node._input_metadata))])
+        results = results if isinstance(results, tuple) else (results,)
+        for (following, k), result in zip(node.next_functions, results, strict=True):
+            if following is not None and result is not None:
+                place, known = gradients[following], following._input_metadata[k]
+                result = result.sum_to_size(known.shape).to(known.dtype)
+                place[k] = place[k] + result if k in place else result
+
+
+class OnlyCuda(TorchDispatchMode):
+    """Fails where an operator touches another device than CUDA; counts the operators' dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        places = {str(t.device) for t in tensors}
+        assert places <= {"cuda:0"}, f"{operator} has tensors on {places}"
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.dtypes[str(operator), tensor.dtype] += 1
+        return out
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """CUDA tensors without values, as they are under FakeTensorMode, on a machine without a GPU."""
+    rand, randint = torch.rand, torch.randint
+    coins = itertools.cycle((0.0, 0.8))
+
+    # What is random on the host stays there: the coins of image buffers and flips.
+    monkeypatch.setattr(
+        torch, "rand", lambda *a, **k: rand(*a, **k) if a != ((),) or k else next(coins)
+    )
+    monkeypatch.setattr(
+        torch, "randint", lambda *a, **k: randint(*a, **k) if a[1] != () or k else 0
+    )
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss, inputs: backward(loss, inputs))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda net, *_: net)  # cannot swap fake weights
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, raising=False)
+    with FakeTensorMode():
+        yield
+
+
+def steps_on_cuda(method, flags, precision):
+    """The networks, the losses of the second step, and the OnlyCuda that watched both."""
+    train = load_script(method)
+    args = train.parse_args([*NARROW[method], *flags.split(), "--precision", precision])
+    with CUDA:
+        nets = train.build(args, CUDA)
+    for name in nets:
+        if name.startswith("buffer"):
+            nets[name].size = min(nets[name].size, 1)  # full after the first step
+    x, y = (torch.rand(1, 3, 32, 32, device=CUDA) for _ in "xy")
+    with OnlyCuda() as watch:
+        for _ in range(2):
+            losses = train.training_step(nets, x, y, args)
+            train.update_averages(nets, args.ema)
+    return nets, losses, watch
+
+
+@pytest.mark.parametrize("method, flags, precision", STEPS)
+def test_a_step_on_cuda_neither_mixes_devices_nor_uploads_nor_reads(
+    fake_cuda, method, flags, precision
+):
+    nets, losses, watch = steps_on_cuda(method, flags, precision)
+    assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses.values())
+    for name, part in nets.items():
+        if name.startswith("optimizer"):
+            weights = [weight for group in part.param_groups for weight in group["params"]]
+            assert part.defaults["fused"] and all(w.grad.dtype == torch.float32 for w in weights)
+            assert {t.device for s in part.state.values() for t in s.values()} == {CUDA}
+    dtypes = {dtype for operator, dtype in watch.dtypes if operator == "aten.convolution.default"}
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert dtypes - {torch.float32} == {expected} - {torch.float32}
+    if "antialias" not in flags and "blur" not in flags:  # blurs stay in fp32
+        assert dtypes == {expected}
+
+
+@pytest.mark.parametrize(
+    "act, error",
+    [
+        (lambda x: x * torch.tensor([2.0]).to(x.device), "cpu"),
+        (lambda x: x + x.new_tensor([2.0]), "cpu"),
+        (lambda x: x[torch.tensor([0])], "cpu"),
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: bool((x > 0).all()), "_local_scalar_dense"),
+        (lambda x: x[x > 0], "nonzero"),
+    ],
+)
+def test_uploads_and_reads_are_noticed(fake_cuda, act, error):
+    with pytest.raises(Exception, match=error), OnlyCuda():
+        act(torch.ones(2, device=CUDA))
+
+
+# ---------------------------------------------------------------------- what the run does for a GPU
+
+
+@each_method
+@pytest.mark.parametrize(
+    "name, precision, index", [("cuda:1", "tf32", 1), ("auto", "fp32", 0), ("cuda", "bf16", 0)]
+)
+def test_the_gpu_is_selected_and_tf32_set(method, name, precision, index, monkeypatch):
+    train, chosen = load_script(method), []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(tolist=list))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    device = train.pick_device(train.parse_args(["--device", name, "--precision", precision]))
+    assert device.type == "cuda" and (device.index or 0) == index
+    assert [getattr(d, "index", d) or 0 for d in chosen] == [index]
+    assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    assert torch.backends.cudnn.benchmark
+
+
+@each_method
+@pytest.mark.parametrize("kind, pinned", [("cpu", False), ("cuda", True), ("mps", False)])
+def test_copies_are_asynchronous_from_pinned_memory_to_cuda_only(method, kind, pinned, monkeypatch):
+    run_file, copies = run_module(method), []
+
+    class Images:
+        def to(self, device, non_blocking=False):
+            copies.append((device.type, non_blocking))
+            return torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+
+        def __len__(self):
+            return 1
+
+    class Loader:
+        def __init__(self, _data, pin_memory=False, **_):
+            self.pin_memory = pin_memory
+
+        def __iter__(self):
+            yield Images(), Images()
+
+    monkeypatch.setattr(run_file, "DataLoader", Loader)
+    args, data = load_script(method).parse_args([]), torch.nn.ParameterList([torch.zeros(1)])
+    data.files = []
+    run = run_file.Run(args, {}, data, torch.device(kind))
+    run.bar = run_file.tqdm(total=1, leave=False)
+    assert run.loader.pin_memory == pinned
+    assert len(next(run.batches())) == 2
+    assert copies == [(kind, pinned)] * 2
+
+
+@each_method
+@pytest.mark.parametrize(
+    "kind, fused", [("cpu", True), ("cuda", True), ("mps", True), ("meta", False)]
+)
+def test_adam_is_fused_where_torch_can(method, kind, fused):
+    train = load_script(method)
+    with FakeTensorMode():
+        net = torch.nn.ParameterList([torch.empty(2, 2, device=kind)])
+        optimizer = train.adam(train.parse_args([]), net)
+    assert optimizer.defaults["fused"] == fused
+
+
+@pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
+def test_blur_filters_move_with_the_network_and_stay_out_of_checkpoints(method):
+    train = load_script(method)
+    args = train.parse_args([*NARROW[method], "--antialias"])
+    nets = train.build(args, torch.device("cpu"))
+    for net in (net for net in nets.values() if isinstance(net, torch.nn.Module)):
+        assert not any("filter" in name for name in net.state_dict())
+        filters = [b for name, b in net.to("meta").named_buffers() if "filter" in name]
+        assert all(b.device.type == "meta" for b in filters)
+        assert filters or net is nets.get("H")
+
+
+@pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
+def test_image_buffers_survive_a_checkpoint(method, tmp_path):
+    ImageBuffer = load_script(method).ImageBuffer
+    first, second = ImageBuffer(3), ImageBuffer(3)
+    for _ in range(3):
+        first(torch.rand(1, 3, 4, 4))
+    torch.save(first.state_dict(), tmp_path / "buffer.pt")
+    second.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
+    images = torch.rand(20, 3, 4, 4)
+    for buffer in (first, second):
+        torch.manual_seed(0)
+        buffer.returned = torch.cat([buffer(image[None]) for image in images])
+    assert torch.equal(first.returned, second.returned)
+    assert not torch.equal(first.returned, images)
+
+
+@pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
+def test_processes_gather_cpu_tensors_and_a_loaded_buffer_returns_cuda_tensors(
+    method, monkeypatch, fake_cuda
+):
+    run_file, train, gathered = run_module(method), load_script(method), []
+    buffer = train.ImageBuffer(1)
+    buffer(torch.rand(1, 3, 4, 4, device=CUDA))
+
+    def gather(value):
+        gathered.append(value)
+        raise InterruptedError
+
+    monkeypatch.setattr(run_file, "gather", gather)
+    monkeypatch.setattr(run_file, "random_states", lambda *_: [])
+    run = SimpleNamespace(
+        nets={"buffer_y": buffer}, read_losses=lambda: None, device=CUDA, networks={}
+    )
+    with pytest.raises(InterruptedError):
+        run_file.Run.save(run)
+    (image,) = [t for t in tree_leaves(gathered) if isinstance(t, torch.Tensor)]
+    assert image.device.type == "cpu"
+    loaded = train.ImageBuffer(1)
+    loaded.load_state_dict({"images": [image]})
+    assert loaded(torch.rand(1, 3, 4, 4, device=CUDA)).device == CUDA
+
+
+@each_method
+def test_autocast_compile_and_fused_adam_work_together(method, monkeypatch):
+    """On the CPU, with a compiler that traces as the default one does but generates no code."""
+    train, compile = load_script(method), torch.nn.Module.compile
+    compiled = []
+
+    def compile_quickly(net):
+        compiled.append(net)
+        compile(net, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    x, y = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    results = []
+    for flags in ([], ["--compile"]):
+        args = train.parse_args([*NARROW[method], "--precision", "bf16", *flags])
+        torch.manual_seed(0)
+        nets = train.build(args, torch.device("cpu"))
+        for layer in (m for net in nets.values() for m in getattr(net, "modules", list)()):
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        for _ in range(2):
+            torch.manual_seed(0)
+            losses = train.training_step(nets, x, y, args)
+        results.append(torch.stack(list(losses.values())))
+        assert all(p.defaults["fused"] for n, p in nets.items() if n.startswith("optimizer"))
+    assert len(compiled) == sum(isinstance(net, torch.nn.Module) for net in nets.values())
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.01)
+
+
+# --------------------------------------------------------------------------------- the benchmarks
+
+MORE = {"pix2pix": [], "cycleGAN": ["--identity-ratio", "5"], "CUT": ["--NCE-ratio-id", "0"]}
+
+
+@each_method
+@pytest.mark.parametrize("more", [False, True])
+def test_the_plain_step_has_the_same_losses_and_gradients(method, more):
+    train = load_script(method)
+    args = train.parse_args([*NARROW[method], *(MORE[method] if more else [])])
+    x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    losses, gradients = [], []
+    for is_plain in (True, False):
+        torch.manual_seed(0)
+        nets = train.build(args, torch.device("cpu"))
+        nets = plain.with_default_adam(nets, args) if is_plain else nets
+        torch.manual_seed(2)
+        step = plain.STEPS[method] if is_plain else lambda _, *rest: train.training_step(*rest)
+        losses.append(step(train, nets, x, y, args))
+        names = [name for name in nets if name.startswith("optimizer")]
+        moments = [state["exp_avg"] for name in names for state in nets[name].state.values()]
+        gradients.append([2 * moment for moment in moments])  # beta_1 = 0.5
+    assert len(losses[0]) >= 2 and len(gradients[0]) == len(gradients[1]) > 10
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+def test_flops_of_a_convolution():
+    """2 for each product: forward, then as many for the gradient of the input and of the weight."""
+    layer = torch.nn.Conv2d(5, 7, 3, bias=False)
+    x = torch.rand(2, 5, 12, 10, requires_grad=True)
+    forward = 2 * 2 * 7 * 5 * 9 * 10 * 8
+    assert step_time.count_flops(layer, x) == forward
+    assert step_time.count_flops(lambda: layer(x).sum().backward()) == 3 * forward
+
+
+def test_the_table_has_a_row_for_each_configuration_and_for_one_that_fails(tmp_path, capsys):
+    flags = ["--method", METHODS[-1], "--image-size", "32", "--rounds", "2", "--device", "cpu"]
+    flags += ["--configs", "fp32", "fp32+graph", "--output", str(tmp_path / "sub" / "table")]
+    assert step_time.main([*flags, "--", *NARROW[METHODS[-1]][2:], "--num-workers", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip() == (tmp_path / "sub" / "table.md").read_text().strip()
+    cells = [line.split("|")[1:-1] for line in shown.splitlines() if line.startswith("|")]
+    rows = {row[0].strip(): row[1:] for row in cells}
+    assert "failed" in rows["fp32+graph"][0] and "CUDA" in rows["fp32+graph"][0]
+    saved = json.loads((tmp_path / "sub" / "table.json").read_text())
+    for name in ("plain", "fp32"):
+        milliseconds, rate, faster, memory, speed, _, _ = rows[name]
+        median, low, high = map(float, re.findall(r"[\d.]+", milliseconds))
+        assert 0 < low <= median <= high and float(rate) == pytest.approx(1e3 / median, rel=0.01)
+        seconds = [turn["seconds"] for turn in saved[name]["turns"]]
+        assert len(seconds) == 2 and min(seconds) == pytest.approx(low / 1e3, rel=0.01)
+        expected = saved[name]["flops"] / (median / 1e3) / 1e9
+        assert float(speed) == pytest.approx(expected, rel=0.01, abs=1) and float(memory) > 0
+        assert float(re.findall(r"[\d.]+", faster)[0]) > 0
+
+
+@pytest.mark.parametrize("flags", ["--configs bf16+magic", "--rounds 0"])
+def test_the_benchmark_refuses_what_it_does_not_know(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        step_time.parse_args(["--method", "CUT", *flags.split()])
+    assert ended.value.code == 2 and flags.split()[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "found, expected", [((2.0, 1.0), 0.0), ((2.2, 1.0), 0.1), ((2.0, float("nan")), None)]
+)
+def test_parity_takes_the_largest_difference_and_notices_nan(found, expected):
+    gap = parity.difference(dict(zip("ab", found, strict=True)), {"a": 2.0, "b": 1.0})
+    assert gap != gap if expected is None else gap == pytest.approx(expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash and GNU timeout")
+def test_rehearsal_of_the_first_hour_on_a_gpu(tmp_path):
+    write_pairs(tmp_path / "data", "facades", train=20, test=1)
+    settings = {"PYTHON": sys.executable, "DATA_ROOT": tmp_path / "data", "METHODS": "pix2pix"}
+    settings |= {"DEVICE": "cpu", "IMAGE_SIZE": "32", "CONFIGS": "fp32", "STEPS": "2"}
+    settings |= {"ROUNDS": "1", "FLAGS": "--ngf 4 --ndf 4", "EXPERIMENTS": "--dry-run"}
+    settings = {name: str(value) for name, value in settings.items()}
+    command = [ROOT / "benchmarks" / "gpu.sh", "100", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, check=False)
+    out = tmp_path / "out"
+    summary = (out / "summary.txt").read_text().splitlines()
+    names = ["parity-pix2pix.md", "step_time-pix2pix.txt", "resume-pix2pix.txt", "ranks.txt"]
+    assert summary == [f"done: {name}" for name in (*names, "training.txt")]
+    assert done.returncode == 0
+    assert "| fp32 | 0.0e+00 | 0.0e+00 |" in (out / "parity-pix2pix.md").read_text()
+    assert "| fp32 |" in (out / "step_time-pix2pix.md").read_text()
+    assert "largest relative difference: 0.0e+00" in (out / "resume-pix2pix.txt").read_text()
+    assert "gradients are averaged" in (out / "ranks.txt").read_text()
+    assert "pix2pix/train.py" in (out / "training.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash and GNU timeout")
+def test_without_time_the_gpu_script_runs_nothing_and_ends_cleanly(tmp_path):
+    command = [ROOT / "benchmarks" / "gpu.sh", "0", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("not run, the time is over") == 11
+    assert done.stdout == (tmp_path / "out" / "summary.txt").read_text()
