@@ -71,10 +71,11 @@ def load_rgb(path):
     Metadata never prevents reading the pixels. UserError, naming the file, if they are unreadable.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            if getattr(image, "n_frames", 1) > 1:
-                note("frames", f"{path}: only the first of its {image.n_frames} frames is read")
+        with Image.open(path) as file:
+            image = file.copy()
+            with suppress(Exception):  # a format without frames, or one with damaged later frames
+                if file.n_frames > 1:
+                    note("frames", f"{path}: only the first of its {file.n_frames} frames is read")
             with suppress(Exception):  # no orientation, or an odd one: the image stays as it is
                 image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
             profile = image.info.get("icc_profile") or b"sRGB"
