@@ -1,8 +1,8 @@
 """The command line of CUT/train.py. No torch here, so that --help and typos answer at once."""
 
 import argparse
-import difflib
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,8 +17,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            flag, flags = message.split()[2].split("=")[0], self._option_string_actions
+            near = [n for n in flags if flag in flags[n].help] or get_close_matches(flag, flags, 1)
             message = f"unknown flag {flag}; did you mean {[*near, '--help'][0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -89,10 +89,10 @@ def parse_args(argv=None, prog="train.py", saved=None):
     parser = Parser(prog, description="Train CUT.", formatter_class=HELP, allow_abbrev=False)
     add_common_flags(parser, epochs=400)
     method = parser.add_argument_group("CUT").add_argument
-    method("--n-layers", type=int, default=9, help="residual blocks of the generator")
+    method("--n-layers", type=int, default=9, help="residual blocks of G (--netG)")
     method("--antialias", action="store_true", help="blur where layers change the resolution")
     method("--buffer-size", type=int, default=0, help="generated images kept for D; 0: off")
-    method("--NCE-ratio", type=float, default=1.0, help="weight of NCE of x and G(x); 0: off")
+    method("--NCE-ratio", type=float, default=1.0, help="weight of NCE of x (--lambda_NCE); 0: off")
     method("--NCE-ratio-id", type=float, default=1.0, help="weight of NCE of y and G(y); 0: off")
     method("--fast", action="store_true", help="FastCUT: NCE 10, no identity, flips, 200 epochs")
     method("--flip-equivariance", action=SWITCH, default=False, help="flip G's input and features")

@@ -1,8 +1,8 @@
 """The command line of cycleGAN/train.py. No torch here, so that --help and typos answer at once."""
 
 import argparse
-import difflib
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,8 +16,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            flag, flags = message.split()[2].split("=")[0], self._option_string_actions
+            near = [n for n in flags if flag in flags[n].help] or get_close_matches(flag, flags, 1)
             message = f"unknown flag {flag}; did you mean {[*near, '--help'][0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -87,10 +87,10 @@ def parse_args(argv=None, prog="train.py", saved=None):
     parser = Parser(prog, description="Train CycleGAN.", formatter_class=HELP, allow_abbrev=False)
     add_common_flags(parser, epochs=200)
     method = parser.add_argument_group("cycleGAN").add_argument
-    method("--n-layers", type=int, default=9, help="residual blocks of a generator")
+    method("--n-layers", type=int, default=9, help="residual blocks of a generator (--netG)")
     method("--antialias", action="store_true", help="blur where layers change the resolution")
     method("--buffer-size", type=int, default=50, help="generated images kept for D; 0: off")
-    method("--cycle-ratio", type=float, default=10.0, help="weight of Eq. 2; 0: off")
+    method("--cycle-ratio", type=float, default=10.0, help="weight of Eq. 2 (--lambda_A); 0: off")
     method("--identity-ratio", type=float, default=0.0, help="weight of G(y) = y; 0: off")
     method("--pix-loss", action="store_true", help="keep G(x) close to x, pixel by pixel")
     method("--pix-ratio", type=float, default=5.0, help="weight of --pix-loss; 0: off")

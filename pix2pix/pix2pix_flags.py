@@ -1,8 +1,8 @@
 """The command line of pix2pix/train.py. No torch here, so that --help and typos answer at once."""
 
 import argparse
-import difflib
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,8 +16,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            flag, flags = message.split()[2].split("=")[0], self._option_string_actions
+            near = [n for n in flags if flag in flags[n].help] or get_close_matches(flag, flags, 1)
             message = f"unknown flag {flag}; did you mean {[*near, '--help'][0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -86,5 +86,5 @@ def parse_args(argv=None, prog="train.py", saved=None):
     parser = Parser(prog, description="Train pix2pix.", formatter_class=HELP, allow_abbrev=False)
     add_common_flags(parser, epochs=200)
     method = parser.add_argument_group("pix2pix").add_argument
-    method("--l1-ratio", type=float, default=100.0, help="weight of L1, Eq. 4; 0: off")
+    method("--l1-ratio", type=float, default=100.0, help="weight of L1 (--lambda_L1); 0: off")
     return parse(parser, argv, saved)
