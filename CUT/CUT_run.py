@@ -45,7 +45,8 @@ def pick_device(args):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        message = f"--device {args.device}: {str(error).splitlines()[0]}"
+        raise UserError(f"{message}; use auto, cpu, cuda, cuda:1 or mps") from None
     native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else native
     if args.precision == "bf16" and not native:
