@@ -55,8 +55,8 @@ def load_generator(args, device):
     size, weights = state["args"]["image_size"], state.get("G_ema", state.get("G"))
     G = UNetGenerator(size, state["args"]["ngf"], state.get("dropout", (1, 2, 3)))
     for name, layer in G.named_modules():  # convert.py: biases of U-Nets with instance norm
-        if f"{name}.bias" in (weights or {}) and layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros(len(weights[f"{name}.bias"])))
+        if isinstance(weights, dict) and f"{name}.bias" in weights and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
     load_part(G, weights, path)
     G = prepare(G, args, device).train(args.dropout)  # batch norm is the same in both modes
     return partial(translate, G), 2 ** len(G.down), size

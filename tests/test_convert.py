@@ -178,12 +178,12 @@ def test_dropout_is_where_the_authors_have_it(depth, places, tmp_path, monkeypat
 
 
 def test_foreign_files_are_called_what_they_are(tmp_path, capsys):
-    unet, resnet = authors_unet().state_dict(), authors_resnet().state_dict()
+    unet, resnet = authors_unet(6).state_dict(), authors_resnet().state_dict()
     cut = {key: tensor for key, tensor in unet.items() if not key.startswith("model.model.3")}
     gray = {k: v[:, :1] if k == "model.1.weight" else v for k, v in resnet.items()}
     file, output = tmp_path / "file.pth", tmp_path / "G.pt"
     for content, words in (
-        (nn.Conv2d(3, 3, 3), "Python objects"),
+        (nn.Conv2d(3, 3, 3), "pickled Python objects"),
         ({"state_dict": unet, "epoch": 3}, "'state_dict'"),
         ({"netG": unet, "netD": resnet}, "netG, netD"),
         ({"method": "CUT", "args": {}, "G": resnet}, "checkpoint already"),
@@ -246,7 +246,7 @@ def test_a_wrong_onnx_model_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: exported)
     monkeypatch.setattr(runtime, "InferenceSession", lambda *_, **__: session)
     monkeypatch.setattr(convert, "find_spec", lambda _: True)
-    with pytest.raises(convert.UserError, match="onnxruntime differs from torch by 0.1"):
+    with pytest.raises(convert.UserError, match="onnxruntime differs from torch"):
         convert.export_onnx(nn.Identity(), 4)
 
 
