@@ -83,9 +83,6 @@ def import_part(method, part):
     return importlib.import_module(f"{method}_{part}")
 
 
-# ---------------------------------------------------------------- the authors' file to checkpoint
-
-
 def authors_layers(state):
     """The convolutions, and the norms that have weights, of a state dict, in the data's order.
 
@@ -176,9 +173,6 @@ def convert(path, state, args):
         raise UserError(f"{path} contains {error}: {found} with weights; {NETWORKS}") from None
 
 
-# ----------------------------------------------------------------------------- checkpoint to ONNX
-
-
 def read_generator(path, state, direction):
     """The generator of a checkpoint, and what height and width must be multiples of."""
     if state.get("method") not in ("pix2pix", "cycleGAN", "CUT"):
@@ -196,7 +190,7 @@ def read_generator(path, state, direction):
                 if f"{key}.bias" in weights and layer.bias is None:
                     layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
         else:
-            G = model.ResnetGenerator(flags["n_layers"], flags["ngf"], flags.get("antialias"))
+            G = model.ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
         run.load_part(G, weights, path)
     except run.UserError as error:
         raise UserError(str(error)) from None

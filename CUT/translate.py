@@ -54,7 +54,7 @@ def load_generator(args, device):
     path = find_checkpoint(args.checkpoint)
     state = read_checkpoint(path)
     flags = state["args"]
-    G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags.get("antialias", False))
+    G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
     load_part(G, state.get("G_ema", state.get("G")), path)
     return prepare(G, args, device), 4, flags["image_size"]
 

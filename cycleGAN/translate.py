@@ -55,7 +55,7 @@ def load_generator(args, device):
     if name not in state:
         raise UserError(f"{path} has no {name}, which --direction {args.direction} needs")
     flags = state["args"]
-    G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags.get("antialias", False))
+    G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
     load_part(G, state.get(f"{name}_ema", state[name]), path)
     return prepare(G, args, device), 4, flags["image_size"]
 
