@@ -118,14 +118,6 @@ def messages(capsys):
 # --------------------------------------------------------------------------------------- results
 
 
-def test_a_result_is_what_the_network_gives(method, module, checkpoint, tmp_path):
-    source = write_images(tmp_path / "in", (64, 32))
-    assert run(module, checkpoint, source, tmp_path / "out") == 0
-    expected = expected_pixels(method, module, checkpoint, "G", Image.open(source / "0.png"))
-    assert expected.std() > 20
-    np.testing.assert_array_equal(pixels(tmp_path / "out" / "0.png"), expected)
-
-
 @pytest.mark.parametrize("multiple", [4, 256])
 def test_padding_reflects_and_is_cropped(module, monkeypatch, tmp_path, multiple):
     sizes, seen = [(300, 20), (1, 1), (1, 50), (33, 32), (257, 31)], []
@@ -186,7 +178,7 @@ def test_dropout_is_on_unless_switched_off(method, module, checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("names", [("G", "F"), ("G", "F", "G_ema", "F_ema")])
-def test_the_average_is_used_where_there_is_one(method, module, tmp_path, names):
+def test_a_result_is_what_the_network_or_its_average_gives(method, module, tmp_path, names):
     checkpoint = write_checkpoint(method, module, tmp_path / "c.pt", names)
     source = write_images(tmp_path / "in", (64, 64))
     for flags, name in (([], "G"), (["--direction", "y2x"], "F")):
@@ -195,6 +187,7 @@ def test_the_average_is_used_where_there_is_one(method, module, tmp_path, names)
             name = f"{name}_ema" if "G_ema" in names else name
             image = Image.open(source / "0.png")
             expected = expected_pixels(method, module, checkpoint, name, image)
+            assert expected.std() > 20
             np.testing.assert_array_equal(pixels(tmp_path / "out" / "0.png"), expected)
 
 
@@ -323,22 +316,6 @@ def test_a_signal_ends_it_cleanly(module, tmp_path, monkeypatch, name):
         np.testing.assert_array_equal(pixels(file), pixels(source / file.name))
 
 
-@pytest.mark.usefixtures("unchanged")
-def test_a_result_that_cannot_be_written_is_an_error(module, tmp_path, monkeypatch, capsys):
-    source, out = write_images(tmp_path / "in", (9, 8)), tmp_path / "out"
-    assert run(module, "c.pt", source, out) == 0
-    before = contents(out)
-
-    def fail(_image, file, *_, **__):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    assert run(module, "c.pt", source, out) == 2
-    (error,) = messages(capsys)
-    assert str(out / "0.png") in error and "No space left" in error and contents(out) == before
-
-
 def test_bad_inputs_and_outputs(module, tmp_path, capsys):
     source, twins = write_images(tmp_path / "in", (9, 8)), write_images(tmp_path / "two", (9, 8))
     Image.open(twins / "0.png").save(twins / "0.jpg")
@@ -347,16 +324,16 @@ def test_bad_inputs_and_outputs(module, tmp_path, capsys):
     (tmp_path / "linked").symlink_to(source)
     before = contents(source)
     for inputs, output, words in (
-        (source, source, ["an input", "--output"]),
+        (source, source, ["an input is; rename", "--output"]),
         (source, tmp_path / "linked", ["an input"]),
         (source / "0.png", source, ["0.png", "an input"]),
         (source / "0.png", source / "0.png", ["an input"]),
         (twins, tmp_path / "out", ["0.jpg", "0.png", "would become"]),
         ([source, twins / "0.png"], tmp_path / "out", ["would become"]),
         ([source / "0.png", nested / "x"], tmp_path / "a.png", ["would become"]),
-        (nested, tmp_path / "out", [f"images in {nested / 'x'}"]),
-        (tmp_path / "empty", tmp_path / "out", ["no images at", ".png"]),
-        (tmp_path / "nowhere", tmp_path / "out", ["no images at", "nowhere"]),
+        (nested, tmp_path / "out", [f"try {nested / 'x'}"]),
+        (tmp_path / "empty", tmp_path / "out", ["no images in", ".png"]),
+        (tmp_path / "nowhere", tmp_path / "out", ["no images in", "nowhere"]),
     ):
         assert run(module, "c.pt", inputs, output) == 2
         (error,) = messages(capsys)
