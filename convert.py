@@ -40,8 +40,7 @@ def parse_args(argv=None):
     flag("file", type=Path, metavar="FILE", help="the authors' *_net_G*.pth, or a checkpoint.pt")
     flag("output", type=Path, metavar="OUT", help="OUT.pt for a checkpoint, OUT.onnx for ONNX")
     flag("--method", choices=["cycleGAN", "CUT"], help="of a ResNet [CUT if it has anti-aliasing]")
-    size = "pixels of the crops that a ResNet was trained on, for translate.py's advice [256]"
-    flag("--image-size", type=int, default=256, help=size)
+    flag("--image-size", type=int, default=256, help="pixels that a ResNet was trained at [256]")
     flag("--direction", choices=["x2y", "y2x"], default="x2y", help="ONNX of cycleGAN: G or F [G]")
     args = parser.parse_args(argv)
     if args.output.suffix not in (".pt", ".onnx") or args.image_size < 1:
@@ -49,20 +48,16 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
 def read(path):
     """The dict in a file. UserError if it is something else."""
-    if not path.is_file():
-        raise UserError(f"no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file may raise anything
         if "GLOBAL" in str(error):
-            kind = "contains Python objects, such as a whole pickled network"
-            raise UserError(f"{path} {kind}; save its state_dict() where its code is") from None
-        raise UserError(f"{path} is damaged, or was not written by torch.save") from None
+            remedy = "save the network's state_dict() instead"
+            raise UserError(f"{path} contains pickled Python objects; {remedy}") from None
+        reason = getattr(error, "strerror", None) or "it is damaged or not a file of torch.save"
+        raise UserError(f"cannot read {path}: {reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} contains a {type(state).__name__}; {NETWORKS}")
     return state
@@ -88,14 +83,10 @@ def import_part(method, part):
     return importlib.import_module(f"{method}_{part}")
 
 
-# ---------------------------------------------------------------- the authors' file to checkpoint
-
-
 def authors_layers(state):
     """The convolutions, and the norms that have weights, of a state dict, in the data's order.
 
-    A key, as module.model.10.conv_block.5.weight or model.model.1.model.3.bias, numbers the place
-    in nested Sequentials. A layer is a dict of tensors.
+    The numbers in a key, as model.10.conv_block.5.weight, are its place in nested Sequentials.
     """
     layers = {}
     for key, tensor in state.items():
@@ -165,7 +156,7 @@ def convert(path, state, args):
         raise UserError(f"{path} contains a training state; save its 'state_dict' alone")
     networks = [str(name) for name, value in state.items() if isinstance(value, dict)]
     if networks:
-        raise UserError(f"{path} contains several parts: {', '.join(networks)}; save one network")
+        raise UserError(f"{path} contains {', '.join(networks)}; save one network's weights alone")
     if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path} contains no weights, or not only weights; {NETWORKS}")
     convolutions, norms = authors_layers(state)
@@ -182,27 +173,24 @@ def convert(path, state, args):
         raise UserError(f"{path} contains {error}: {found} with weights; {NETWORKS}") from None
 
 
-# ----------------------------------------------------------------------------- checkpoint to ONNX
-
-
 def read_generator(path, state, direction):
     """The generator of a checkpoint, and what height and width must be multiples of."""
-    if not (isinstance(state.get("method"), str) and isinstance(state.get("args"), dict)):
+    if state.get("method") not in ("pix2pix", "cycleGAN", "CUT"):
         raise UserError(f"{path} is not a checkpoint; convert it to one first: OUT.pt")
     method, name = state["method"], "F" if direction == "y2x" else "G"
     model, run = import_part(method, "model"), import_part(method, "run")
     try:
         state = run.read_checkpoint(path)
         flags, weights = state["args"], state.get(f"{name}_ema", state.get(name))
-        if weights is None:
+        if not isinstance(weights, dict):
             raise UserError(f"{path} has no {name}")
         if method == "pix2pix":
             G = model.UNetGenerator(flags["image_size"], flags["ngf"])
             for key, layer in G.named_modules():  # of U-Nets with instance norm
                 if f"{key}.bias" in weights and layer.bias is None:
-                    layer.bias = nn.Parameter(torch.zeros(len(weights[f"{key}.bias"])))
+                    layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
         else:
-            G = model.ResnetGenerator(flags["n_layers"], flags["ngf"], flags.get("antialias"))
+            G = model.ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
         run.load_part(G, weights, path)
     except run.UserError as error:
         raise UserError(str(error)) from None
@@ -214,16 +202,13 @@ def export_onnx(G, multiple):
     """The bytes of G as an ONNX model. UserError if onnxruntime computes something else."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
-        raise UserError(
-            f"ONNX needs packages that are not installed: pip install {' '.join(missing)}"
-        )
+        raise UserError(f"packages for ONNX are missing: pip install {' '.join(missing)}")
     import onnxruntime
 
     side = max(multiple, 32)
-    names = {"input_names": ["x"], "output_names": ["y"]}
-    names["dynamic_shapes"] = {"x": {2: "height", 3: "width"}}
-    x = torch.zeros(1, 3, 2 * side, 3 * side)
-    model = torch.onnx.export(G, (x,), dynamo=True, verbose=False, **names).model_proto
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamo": True, "verbose": False}
+    free, x = {"x": {2: "height", 3: "width"}}, torch.zeros(1, 3, 2 * side, 3 * side)
+    model = torch.onnx.export(G, (x,), dynamic_shapes=free, **names).model_proto
     model.doc_string = f"height and width: multiples of {multiple}, at least 32; RGB in [-1, 1]"
     content = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -245,17 +230,18 @@ def main(argv=None):
             raise UserError(f"{args.output} exists; choose another name, or delete it")
         state = read(args.file)
         if args.output.suffix == ".onnx":
-            write(args.output, export_onnx(*read_generator(args.file, state, args.direction)))
+            generator = read_generator(args.file, state, args.direction)
+            write(args.output, export_onnx(*generator))
             return 0
         checkpoint, content = convert(args.file, state, args), io.BytesIO()
         torch.save(checkpoint, content)
         write(args.output, content.getvalue())
-        use = f"python {checkpoint['method']}/translate.py --checkpoint {args.output}"
-        print(f"found a network of {checkpoint['args']}; use it: {use} --input IMAGES --output DIR")
-        return 0
+        use = f"{checkpoint['method']}/translate.py --checkpoint {args.output}"
+        print(f"found {checkpoint['args']}; use it: python {use} --input IMAGES --output RESULTS")
     except (UserError, OSError) as error:
         print(f"convert.py: error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

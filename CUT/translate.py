@@ -54,7 +54,7 @@ def load_generator(args, device):
     path = find_checkpoint(args.checkpoint)
     state = read_checkpoint(path)
     flags = state["args"]
-    G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags.get("antialias", False))
+    G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
     load_part(G, state.get("G_ema", state.get("G")), path)
     return prepare(G, args, device), 4, flags["image_size"]
 
@@ -74,17 +74,16 @@ def plan(args):
         found = list_images(path) if path.is_dir() else [path] if path.exists() else []
         if not found:
             inside = {str(f.parent) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES}
-            hint = f"images in {', '.join(sorted(inside))}" if inside else " ".join(SUFFIXES)
-            raise UserError(f"no images at {path}; expected a file or a folder of files: {hint}")
+            hint = f"try {' '.join(sorted(inside))}" if inside else f"types: {' '.join(SUFFIXES)}"
+            raise UserError(f"no images in {path}; {hint}")
         files += found
     taken = {path.resolve(): "an input" for path in (*args.input, *files)}
     named = output.suffix.lower() in SUFFIXES and not output.is_dir()
     for file in dict.fromkeys(files):
         result = results[file] = output if named else output / f"{file.stem}.png"
-        for place in (output.resolve(), result.resolve()):
-            if place in taken:
-                what = f"{place} is {taken[place]}: rename it, or choose another --output"
-                raise UserError(f"{file} would become {result}, but {what}")
+        if other := taken.get(output.resolve()) or taken.get(result.resolve()):
+            problem = f"{file} would become {result}, where {other} is"
+            raise UserError(f"{problem}; rename one, or choose another --output")
         taken[result.resolve()] = f"the result of {file}"
     return results
 
@@ -139,8 +138,7 @@ def main(argv=None):
             raise
         print(f"translate.py: error: {explain(error)}", file=sys.stderr)
         return 2
-    kept = len(results) - len(todo)
-    print(f"{len(todo) - failed} translated, {kept} kept, {failed} failed; see {args.output}")
+    print(f"{len(todo) - failed} translated, {len(results) - len(todo)} kept, {failed} failed")
     return int(failed > 0)
 
 

@@ -135,8 +135,8 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not (isinstance(state, dict) and isinstance(state.get("args"), dict)):
             raise ValueError("it contains weights, but is not a checkpoint")
-        if state.get("method") != METHOD:
-            raise ValueError(f"it is a checkpoint of {state.get('method')}, not of {METHOD}")
+        if (method := state.get("method")) != METHOD:
+            raise ValueError(f"it is a checkpoint of {method}: use {method}/translate.py")
     except Exception as error:  # a foreign file may raise anything
         reason = "it contains Python objects" if "weights_only" in str(error) else one_line(error)
         hint = "expected what train.py --save-model or convert.py writes"

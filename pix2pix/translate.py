@@ -55,8 +55,8 @@ def load_generator(args, device):
     size, weights = state["args"]["image_size"], state.get("G_ema", state.get("G"))
     G = UNetGenerator(size, state["args"]["ngf"], state.get("dropout", (1, 2, 3)))
     for name, layer in G.named_modules():  # convert.py: biases of U-Nets with instance norm
-        if f"{name}.bias" in (weights or {}) and layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros(len(weights[f"{name}.bias"])))
+        if isinstance(weights, dict) and f"{name}.bias" in weights and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
     load_part(G, weights, path)
     G = prepare(G, args, device).train(args.dropout)  # batch norm is the same in both modes
     return partial(translate, G), 2 ** len(G.down), size
@@ -77,17 +77,16 @@ def plan(args):
         found = list_images(path) if path.is_dir() else [path] if path.exists() else []
         if not found:
             inside = {str(f.parent) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES}
-            hint = f"images in {', '.join(sorted(inside))}" if inside else " ".join(SUFFIXES)
-            raise UserError(f"no images at {path}; expected a file or a folder of files: {hint}")
+            hint = f"try {' '.join(sorted(inside))}" if inside else f"types: {' '.join(SUFFIXES)}"
+            raise UserError(f"no images in {path}; {hint}")
         files += found
     taken = {path.resolve(): "an input" for path in (*args.input, *files)}
     named = output.suffix.lower() in SUFFIXES and not output.is_dir()
     for file in dict.fromkeys(files):
         result = results[file] = output if named else output / f"{file.stem}.png"
-        for place in (output.resolve(), result.resolve()):
-            if place in taken:
-                what = f"{place} is {taken[place]}: rename it, or choose another --output"
-                raise UserError(f"{file} would become {result}, but {what}")
+        if other := taken.get(output.resolve()) or taken.get(result.resolve()):
+            problem = f"{file} would become {result}, where {other} is"
+            raise UserError(f"{problem}; rename one, or choose another --output")
         taken[result.resolve()] = f"the result of {file}"
     return results
 
@@ -142,8 +141,7 @@ def main(argv=None):
             raise
         print(f"translate.py: error: {explain(error)}", file=sys.stderr)
         return 2
-    kept = len(results) - len(todo)
-    print(f"{len(todo) - failed} translated, {kept} kept, {failed} failed; see {args.output}")
+    print(f"{len(todo) - failed} translated, {len(results) - len(todo)} kept, {failed} failed")
     return int(failed > 0)
 
 
