@@ -134,7 +134,6 @@ def check_values_and_gradients(losses, numpy_losses):
         for k, step in enumerate(1e-6 * np.eye(len(START))):
             slope = (numpy_losses(START + step)[name] - numpy_losses(START - step)[name]) / 2e-6
             assert gradient[k].item() == pytest.approx(slope, rel=1e-7, abs=1e-8), (name, k)
-    assert all(total in found for total in found if total.endswith("total"))
 
 
 @pytest.mark.parametrize("real", [True, False])
@@ -472,7 +471,7 @@ def first_steps(method, flags):
 
 @pytest.mark.parametrize("case", RECORDED)
 def test_the_first_three_steps_are_those_recorded(case, float64_outputs):
-    """From a version that ended within 1e-10 of the authors' code after 12 steps."""
+    """Recorded at c8368aa, where 12 steps ended within 1e-10 of those of the authors' code."""
     method, *flags = case.split()
     if method not in METHODS:
         pytest.skip(f"there is no {method} folder")
