@@ -14,7 +14,7 @@ from conftest import METHODS, ROOT, load_script
 RECORDED = json.loads((ROOT / "tests" / "parity" / "first_steps.json").read_text())
 SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--device", "cpu", "--precision", "fp32"]
 DEEP = {"pix2pix": [], "cycleGAN": ["--n-layers", "1"], "CUT": ["--n-layers", "2"]}
-DEEP["CUT"] += ["--feat-str", "pix, d128, d256, R256_1, R256_2", "--num-patches", "1024"]  # all
+DEEP["CUT"] += ["--feat-str", "pix,d128, d256, R256_1, R256_2", "--num-patches", "1024"]  # all
 NETS = {"pix2pix": ["G", "D"], "cycleGAN": ["G", "F", "D_X", "D_Y"], "CUT": ["G", "D", "H"]}
 
 
@@ -396,7 +396,7 @@ def test_queries_are_of_the_output_flipped_back_and_keys_of_the_input(
     coin(monkeypatch, flipped)
     nets, args = small_nets("CUT", "--flip-equivariance", *flags)
     calls = spy(monkeypatch, load_script("CUT"), "patch_nce")
-    (x, y), G, taps = batch(n), nets["G"], args.feat_str.split(", ")
+    (x, y), G, taps = batch(n), nets["G"], args.feat_str.replace(",", " ").split()
 
     def flip(images):
         return images.flip(3) if flipped else images
