@@ -76,7 +76,7 @@ def take_patches(feature, where):
 
     where: positions (S,), or weights of all positions for each patch, (N, S, H * W).
     """
-    # Not feature.permute(0, 2, 3, 1) or where @ vectors.transpose(1, 2): their gradients arrive with
+    # Not feature.permute(0, 2, 3, 1) or where @ vectors.transpose(1, 2): their gradients have
     # channels-last strides, for which torch's instance norm is wrong on CPUs when N = 1.
     vectors = feature.flatten(2)  # (N, C, H * W)
     if where.dim() == 1:
