@@ -76,12 +76,12 @@ def take_patches(feature, where):
 
     where: positions (S,), or weights of all positions for each patch, (N, S, H * W).
     """
-    # Not feature.permute(0, 2, 3, 1): its gradient has channels-last strides, and for those torch's
-    # instance norm returns a wrong gradient on CPUs when N = 1.
+    # Not feature.permute(0, 2, 3, 1) or where @ vectors.transpose(1, 2): their gradients have
+    # channels-last strides, for which torch's instance norm is wrong on CPUs when N = 1.
     vectors = feature.flatten(2)  # (N, C, H * W)
     if where.dim() == 1:
         return vectors.index_select(2, where).transpose(1, 2)
-    return where.to(vectors.dtype) @ vectors.transpose(1, 2)
+    return (vectors @ where.to(vectors.dtype).transpose(1, 2)).transpose(1, 2)
 
 
 def infonce(q, k, tau):

@@ -50,7 +50,7 @@ def losses_G(G, D, H, fake_y, same_y, keys_x, keys_y, flipped, args):
     over taps. flipped: whether G was given flipped images.
     """
     generated = fake_y if same_y is None else torch.cat([fake_y, same_y])
-    queries = G(generated, args.feat_str.split(", "), encode_only=True)
+    queries = G(generated, args.feat_str.replace(",", " ").split(), encode_only=True)
     queries = [query.flip(3) for query in queries] if flipped else queries
     queries_x, queries_y = halves(queries, len(fake_y))
 
@@ -84,7 +84,7 @@ def losses_D(D, real, fake, name):
 def training_step(nets, x, y, args):
     """One step of D, then one of G and H. x, y: (N, 3, H, W) in [-1, 1]. Returns named losses."""
     G, D, H = nets["G"], nets["D"], nets["H"]
-    taps, n = args.feat_str.split(", "), len(x)
+    taps, n = args.feat_str.replace(",", " ").split(), len(x)
     flipped = args.flip_equivariance and bool(torch.rand(()) < 0.5)
     identity = args.NCE_ratio_id > 0
     source = torch.cat([x, y]) if identity else x
@@ -171,7 +171,7 @@ def build(args, device):
     """Networks, optimizers and buffer under the names that training_step and checkpoints use."""
     if args.image_size % 4:
         raise UserError(f"--image-size {args.image_size} must be a multiple of 4")
-    taps = args.feat_str.split(", ")
+    taps = args.feat_str.replace(",", " ").split()
     try:
         channels = tap_channels(taps, args.n_layers, args.ngf)
     except KeyError as error:
