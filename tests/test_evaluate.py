@@ -223,7 +223,7 @@ def test_lpips_is_the_mean_over_pairs_in_unit_range(tmp_path, monkeypatch):
 
         def forward(self, a, b):
             assert a.shape == b.shape == (1, 3, 40, 32) and a.dtype == torch.float32
-            return (2 * a - b).mean()
+            return (2 * a - 3 * b).mean()
 
     module = types.SimpleNamespace(LearnedPerceptualImagePatchSimilarity=Network)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", module)
@@ -231,7 +231,7 @@ def test_lpips_is_the_mean_over_pairs_in_unit_range(tmp_path, monkeypatch):
     images = [np.full((40, 32, 3), level) for level in (0, 255)]
     a, b = write(tmp_path / "a", images), write(tmp_path / "b", images[:1] * 2)
     found = run(tmp_path, a, b, "--paired")["paired"]
-    assert found["lpips"] == pytest.approx(((-2 + 1) + (2 + 1)) / 2)
+    assert found["lpips"] == pytest.approx(((-2 + 3) + (2 + 3)) / 2)
 
 
 # Sliced Wasserstein distance
