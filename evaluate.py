@@ -351,8 +351,6 @@ def translate(args, source, target):
     method = args.method or next((part for part in path.parts[::-1] if part in METHODS), None)
     if not method:
         raise UserError(f"{path} is in no folder of a method; give --method")
-    if path.parent.parent.name == "visualize":  # the folder visualize/<method>/<run>
-        path = path.parents[2] / method / "model" / path.name
     command = [sys.executable, ROOT / method / "translate.py", "--checkpoint", path]
     command += ["--input", source, "--output", target]
     command += ["--direction", args.direction] if args.direction else []
