@@ -333,13 +333,13 @@ def test_two_processes_equal_one_with_the_same_batches_and_resume_exactly(run):
     assert done.returncode == 0, done.stderr
     two, rows = run.state(), run.rows()
     assert len(two["ranks"]) == 2 and two["progress"]["step"] == 4
-    assert done.stdout.count("cycleGAN on data") == 1
-    assert run(*flags, "--overwrite", "--batch-size", "4") == 0
+    assert done.stdout.count("cycleGAN: data") == 1
+    assert exit_status(run.fork(*flags, "--overwrite", "--batch-size", "4")) == 0
     assert [row["epoch"] for row in rows] == ["1", "2"]
     name = next(iter(two["G"]))
     torch.testing.assert_close(two["G"][name], run.state()["G"][name], rtol=0, atol=2e-4)
     assert torchrun(run, *flags, "--overwrite", "--max-steps", "1").returncode == 0
-    assert run.resume() == 2  # one process cannot continue what two began
+    assert exit_status(run.fork(resume=True)) == 2  # one process cannot continue what two began
     flags = ["--resume", "--batch-size", "2", "--epochs", "2", "--buffer-size", "0"]
     assert torchrun(run, *flags).returncode == 0
     for part in ("G", "D_X", "ranks"):
