@@ -11,19 +11,20 @@
 # 5. visualize/, <method>/model/: the trainings of `experiments/run.py --scale paper`, with grids
 #
 # A part that fails or takes too long costs its own result only; summary.txt lists them. Repeat the
-# command to continue the training. Needs torch 2.11 or newer and DATA_ROOT with facades,
-# facades_unpaired and monet2photo; no network. The variables below can be set from outside:
-# a rehearsal on a CPU is DEVICE=cpu IMAGE_SIZE=32 CONFIGS=fp32 EXPERIMENTS=--dry-run.
+# command to continue the training. Needs torch 2.11 or newer and, in DATA_ROOT [datasets/], facades,
+# facades_unpaired (datasets/prepare.py split facades facades_unpaired --all) and monet2photo; no
+# network. The variables below can be set from outside: a rehearsal on a CPU is
+# DEVICE=cpu IMAGE_SIZE=32 CONFIGS=fp32 EXPERIMENTS=--dry-run.
 
 set -u
 [[ ${1:-} =~ ^[0-9]+$ && $# == 2 ]] || { echo "usage: benchmarks/gpu.sh MINUTES OUT" >&2; exit 2; }
-cd "$(dirname "$(readlink -f "$0")")/.." || exit
-mkdir -p "$OLDPWD/$2" 2>/dev/null
-case $2 in /*) out=$2 ;; *) out=$OLDPWD/$2 ;; esac
-mkdir -p "$out" || exit 2
+mkdir -p "$2" || exit 2
+out=$(readlink -f "$2")
+root=$(dirname "$(dirname "$(readlink -f "$0")")")
+DATA_ROOT=$(readlink -f "${DATA_ROOT:-$root/datasets}")
+cd "$root" || exit
 
 PYTHON=${PYTHON:-python}
-DATA_ROOT=${DATA_ROOT:-$PWD/datasets}
 DEVICE=${DEVICE:-cuda}
 METHODS=${METHODS:-pix2pix cycleGAN CUT}
 CONFIGS=${CONFIGS:-}         # of step_time.py and parity.py [theirs]

@@ -2,18 +2,19 @@
 
     python benchmarks/step_time.py --method cycleGAN
     python benchmarks/step_time.py --method CUT --configs fp32 bf16 bf16+compile --minutes 20
-    python benchmarks/step_time.py --method pix2pix --output results/pix2pix -- --ngf 32
+    python benchmarks/step_time.py --method pix2pix --configs fp32 fp32@GOMP_SPINCOUNT=1000 \\
+        --neighbours 1 --output results/threads -- --ngf 32    # what follows -- goes to train.py
 
-Each configuration has a process of its own, and they take turns: what disturbs the machine disturbs
-all of them, and one that fails costs its row only. "faster" is the median over rounds of the plain
-step's time (plain.py: fp32, nothing shared) over the configuration's. Images come from the real
-dataset and loader. The table is Markdown; with --output it also goes to a file, next to a JSON of
-all timings that is rewritten after each turn. What follows -- goes to train.py.
+Each configuration has a process of its own (@ sets its environment), and they take turns: what
+disturbs the machine disturbs all, and one that fails costs its row only. "faster" is the median
+over rounds of the plain step's time (plain.py: fp32, nothing shared) over the configuration's.
+Images come from the real dataset and loader. With --output, all timings go to a JSON as they come.
 """
 
 import argparse
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -21,9 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from configuration import ROOT, Configuration
+
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 METHODS = ("pix2pix", "cycleGAN", "CUT")
 PARTS = ("plain", "fp32", "tf32", "bf16", "channels-last", "compile", "graph")  # of a name
 DEFAULTS = {
@@ -45,29 +55,17 @@ def parse_args(argv):
     add("--batch-size", type=int, default=1, help="images per step [1]")
     add("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     add("--rounds", type=int, help="turns of each configuration [4; on CUDA 20, of 20 steps]")
+    add("--neighbours", type=int, default=0, help="busy programs that run meanwhile [0]")
     add("--minutes", type=float, default=1e9, help="start no round after this long [no limit]")
     add("--output", type=Path, help="write <output>.md and <output>.json [none]")
     add("--serve", nargs=2, help=argparse.SUPPRESS)  # how this script calls itself
     args = parser.parse_args(argv[:end])
     args.rest = argv[end + 1 :]
     for name in args.configs or ():
-        if set(name.split("+")) - set(PARTS):
+        if set(name.split("@")[0].split("+")) - set(PARTS):
             parser.error(f"--configs {name}: parts are {', '.join(PARTS)}")
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds {args.rounds} must be at least 1")
     return args
 
-
-if __name__ == "__main__":
-    parse_args(sys.argv[1:])  # --help and mistyped flags answer before torch takes its seconds
-
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
-
-from configuration import ROOT, Configuration
 
 # ------------------------------------------------------------------- what a configuration measures
 
@@ -109,9 +107,8 @@ def peak_memory(device):
     """Bytes at the peak: of the GPU's tensors, or of this process. 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
+    return sum(1024 * int(kilobytes) for kilobytes in re.findall(r"VmHWM:\s*(\d+)", status))
 
 
 def endless_batches(config):
@@ -121,8 +118,7 @@ def endless_batches(config):
     workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
     loader = DataLoader(data, batch_sampler=order, pin_memory=pinned, **workers)
     for epoch in range(1, 10**9):
-        keys = [(epoch, index) for index in range(len(data))] * args.batch_size
-        order[:] = [keys[k : k + args.batch_size] for k in range(0, len(keys), args.batch_size)]
+        order[:] = [[(epoch, index)] * args.batch_size for index in range(len(data))]
         for batch in loader:
             yield [train.to_unit(t.to(config.device, non_blocking=pinned)) for t in batch]
 
@@ -138,8 +134,7 @@ def hardware(device):
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     model = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
     fast = [flag for flag in ("avx2", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
     return f"{model[0]}, {torch.get_num_threads()} threads, {' '.join(fast)}"
@@ -165,8 +160,8 @@ def serve(args):
             waits += time.perf_counter() - asked
             losses = config(x, y)
         wait_for(device)
-        seconds, memory = time.perf_counter() - start, peak_memory(device)
-        memory -= before if device.type != "cuda" else 0
+        seconds = time.perf_counter() - start
+        memory = peak_memory(device) - before * (device.type != "cuda")
         bad = [name for name, loss in losses.items() if not loss.isfinite()]
         if bad:
             raise FloatingPointError(f"{', '.join(bad)} not finite")
@@ -184,10 +179,12 @@ class Process:
 
     def __init__(self, name, argv, data_root):
         self.name, self.turns, self.error, pipe = name, [], None, subprocess.PIPE
-        command = [sys.executable, __file__, "--serve", name, str(data_root), *argv]
+        parts, _, setting = name.partition("@")
+        command = [sys.executable, __file__, "--serve", parts, str(data_root), *argv]
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
-        streams = {"stdin": pipe, "stdout": pipe, "stderr": self.stderr}
-        self.process = subprocess.Popen(command, text=True, **streams)
+        options = {"stdin": pipe, "stdout": pipe, "stderr": self.stderr, "text": True}
+        options["env"] = os.environ | dict([setting.split("=")] if setting else ())
+        self.process = subprocess.Popen(command, **options)
         self.facts = self.read()
 
     def read(self):
@@ -218,8 +215,8 @@ def write_noise(root, method, count=16):
 
 def spread(values, digits):
     """Median (minimum to maximum)."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    low, high = (f"{extreme(values):.{digits}f}" for extreme in (min, max))
+    return f"{statistics.median(values):.{digits}f} ({low} to {high})"
 
 
 def row_of(process, args, plain_turns, flops):
@@ -239,8 +236,8 @@ def row_of(process, args, plain_turns, flops):
 def table(args, processes):
     """The results as Markdown."""
     flops = {p.name: p.facts["flops"] for p in processes if "flops" in p.facts}
+    shared = [math.nan, *flops.values()][-1]
     commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
-    shared = next((flops[name] for name in flops if name != "plain"), math.nan)
     rows = "\n".join(row_of(process, args, processes[0].turns, shared) for process in processes)
     counts = ", ".join(f"{name} {count / 1e9:.1f}" for name, count in flops.items())
     return f"""{args.method}, {args.image_size} px, batch {args.batch_size} {" ".join(args.rest)}
@@ -279,12 +276,13 @@ def main(argv=None):
     """Runs the command line. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(argv)
+    if args.serve:
+        return serve(args)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.serve:
-        serve(args)
-        return 0
-    with tempfile.TemporaryDirectory() as data_root:
+    with tempfile.TemporaryDirectory() as data_root, ExitStack() as stack:
+        for _ in range(args.neighbours):  # each ends with this process
+            stack.callback(subprocess.Popen([sys.executable, "-c", BUSY]).kill)
         write_noise(data_root, args.method)
         processes = compare(args, argv, data_root)
         text = table(args, processes)
