@@ -94,11 +94,11 @@ def authors_resnet(blocks=2, ngf=4, down=False, up=False, norm="instance", dropo
 
 
 def write_authors(net, path, old=False):
-    """Random weights, saved; old: as PyTorch before 0.4 did, from several GPUs."""
+    """Random weights, saved in an odd order; old: as PyTorch before 0.4 did, from several GPUs."""
     torch.manual_seed(3)
     for p in net.parameters():
         p.data.normal_(std=1 if p.dim() == 1 else p[0].numel() ** -0.5)
-    state = {("module." * old) + key: tensor for key, tensor in net.state_dict().items()}
+    state = {("module." * old) + key: tensor for key, tensor in reversed(net.state_dict().items())}
     if old:
         for name, layer in net.named_modules():
             if isinstance(layer, nn.InstanceNorm2d):

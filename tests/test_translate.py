@@ -320,6 +320,8 @@ def test_a_signal_ends_it_cleanly(module, tmp_path, monkeypatch, name):
 def test_bad_inputs_and_outputs(module, tmp_path, capsys):
     source, twins = write_images(tmp_path / "in", (9, 8)), write_images(tmp_path / "two", (9, 8))
     Image.open(twins / "0.png").save(twins / "0.jpg")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(twins / "0.jpg", tmp_path / "photos")
     nested = write_images(tmp_path / "mine" / "test" / "x", (9, 8)).parent
     (tmp_path / "empty").mkdir()
     (tmp_path / "linked").symlink_to(source)
@@ -327,6 +329,7 @@ def test_bad_inputs_and_outputs(module, tmp_path, capsys):
     for inputs, output, words in (
         (source, source, ["where inputs are", "--output"]),
         (source, tmp_path / "linked", ["where inputs are"]),
+        (tmp_path / "photos", tmp_path / "photos", ["where inputs are"]),
         (source / "0.png", source, ["0.png", "where inputs are"]),
         (source / "0.png", source / "0.png", ["where inputs are"]),
         (twins, tmp_path / "out", ["0.jpg", "0.png", "the result of"]),
