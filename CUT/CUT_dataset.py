@@ -134,5 +134,6 @@ class UnpairedDataset(torch.utils.data.Dataset):
         """One image, (3, image_size, image_size), uint8."""
         image = load_rgb(file)
         if self.args.fit == "stretch" and not 3 / 4 <= image.width / image.height <= 4 / 3:
-            note("aspect", f"{file} is {image.width}x{image.height}: --fit crop keeps the aspect")
+            size = f"{image.width}x{image.height}"
+            note("aspect", f"{file}, {size}, is stretched to a square; --fit crop keeps the aspect")
         return self.transform(image)

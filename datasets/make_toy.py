@@ -561,8 +561,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse_args(parser, argv=None):
-    here = Path(__file__).resolve().parent
+PARSER = Parser("make_toy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+
+
+def parse_args(argv=None):
+    here, parser = Path(__file__).resolve().parent, PARSER
     flag = parser.add_argument
     flag("--count", type=int, default=300, help="training images [%(default)s]")
     flag("--test-count", type=int, default=30, help="images in val and in test each [%(default)s]")
@@ -576,15 +579,14 @@ def parse_args(parser, argv=None):
         if not low <= getattr(args, name) <= high:
             value = f"--{name.replace('_', '-')} is {getattr(args, name)}"
             parser.error(f"{value}; expected {low} to {high}")
-    for name in SETS:
-        if (args.root / name).exists() and not args.overwrite:
-            parser.error(f"{args.root / name} exists; --overwrite replaces it")
     return args
 
 
 def main(argv=None):
-    parser = Parser("make_toy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    args = parse_args(parser, argv)
+    args, parser = parse_args(argv), PARSER
+    for name in SETS:
+        if (args.root / name).exists() and not args.overwrite:
+            parser.error(f"{args.root / name} exists; --overwrite replaces it")
     try:
         write_sets(args)
     except OSError as error:

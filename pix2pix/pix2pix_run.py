@@ -196,7 +196,8 @@ class Run:
 
     progress, saved with the networks: the epoch, from 1; its batches, seconds and loss sums so far;
     steps in all; the rows of losses.csv; the names of the training images. intact: whether the
-    networks are between two steps, so that they can be saved. caught: a signal's number, or 0.
+    networks are between two steps, so that they can be saved. caught: the number of a signal that
+    any process has noted, or 0.
     """
 
     def __init__(self, args, nets, train_set, device):
@@ -204,10 +205,9 @@ class Run:
         self.networks = {n: net for n, net in nets.items() if isinstance(net, torch.nn.Module)}
         self.folder = Path(args.output_root) / "visualize" / METHOD / args.run_name
         self.checkpoint = checkpoint_path(args)
-        files = ["/".join(file.parts[-2:]) for file in train_set.files]
         self.progress = {"epoch": 1, "batch": 0, "step": 0, "seconds": 0.0, "sums": {}, "rows": []}
-        self.progress["files"] = files
-        self.caught, self.intact, self.pending = 0, True, []
+        self.progress["files"] = ["/".join(file.parts[-2:]) for file in train_set.files]
+        self.noted, self.caught, self.intact, self.pending = 0, 0, True, []
         self.saved = self.last_read = time.monotonic()
         self.epoch_steps = math.ceil(len(train_set) // WORLD_SIZE / args.batch_size)
         self.order = []  # the epoch's batches; filled in place, since the loader holds this list
@@ -265,9 +265,7 @@ class Run:
     def begin(self):
         """Deletes what an earlier run left, writes args.json and says what will run."""
         args, folder = self.args, self.folder
-        old = [
-            f for p in (folder, folder / "val", self.checkpoint.parent) for f in p.glob(".*.tmp")
-        ]
+        old = [*folder.rglob(".*.tmp"), *self.checkpoint.parent.glob(".*.tmp")]
         if args.overwrite:
             old += [*folder.glob("val/[xy]*[0-9].png"), *folder.glob("losses.*")]
             old += [] if args.save_model else [self.checkpoint]
@@ -280,9 +278,7 @@ class Run:
         with replacing(folder / "args.json") as file:
             file.write(json.dumps(facts, indent=2).encode() + b"\n")
         unsaved = "" if args.save_model else "; --save-model would save the networks"
-        print(
-            f"{METHOD} on {args.data_folder}, {len(self.train_set)} images, {self.device}{unsaved}"
-        )
+        print(f"{METHOD}: {args.data_folder}, {len(self.train_set)} images, {self.device}{unsaved}")
 
     def unfinished(self):
         """Whether there is a step left before the last epoch, --max-steps or a signal."""
@@ -294,10 +290,10 @@ class Run:
 
         The caller passes each step's losses to log. Ends early at --max-steps or for a signal.
         """
-        args, progress, first = self.args, self.progress, self.progress["batch"]
+        args, progress = self.args, self.progress
         started = time.monotonic() - progress["seconds"]
         shape = (len(self.train_set), args.batch_size, args.seed, progress["epoch"])
-        self.order[:] = epoch_batches(*shape, RANK, WORLD_SIZE)[first:]
+        self.order[:] = epoch_batches(*shape, RANK, WORLD_SIZE)[progress["batch"] :]
         self.bar.set_description(f"epoch {progress['epoch']}/{args.epochs}")
         batches = iter(self.loader)
         if hasattr(signal, "SIGCHLD"):  # else torch reports a dead loading process within a step
@@ -312,7 +308,7 @@ class Run:
             if progress["step"] == self.first_step + 20 and RANK == 0:
                 left = (self.bar.total - self.bar.n) * progress["seconds"] / progress["batch"]
                 tqdm.write(f"time left for the whole run: {timedelta(seconds=round(left))}")
-            self.caught = max(gather(self.caught))
+            self.caught = max(gather(self.noted))
             if time.monotonic() - self.last_read > 0.5:
                 self.read_losses()
             if not self.unfinished():
@@ -329,12 +325,13 @@ class Run:
         rows, sums = [tensor.tolist() for tensor in self.pending], self.progress["sums"]
         self.pending, self.last_read = [], time.monotonic()
         for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
-            for name, value in reversed([*zip(self.names, row, strict=True)]):  # totals come last
-                if not math.isfinite(value):
-                    self.intact = False
-                    kept = f"{self.checkpoint} is kept; " if self.checkpoint.exists() else ""
-                    advice = "try a lower --lr or --precision fp32, and look for odd images"
-                    raise UserError(f"{name} is {value} at step {step}; {kept}{advice}")
+            bad = [pair for pair in zip(self.names, row, strict=True) if not math.isfinite(pair[1])]
+            if bad:
+                self.intact = False
+                kept = f"{self.checkpoint} is kept; " if self.checkpoint.exists() else ""
+                advice = "try a lower --lr or --precision fp32, and look for odd images"
+                name, value = bad[-1]  # a term; totals come first
+                raise UserError(f"{name} is {value} at step {step}; {kept}{advice}")
             for name, value in zip(self.names, row, strict=True):
                 sums[name] = sums.get(name, 0.0) + value
 
@@ -347,8 +344,8 @@ class Run:
         complete, limit = progress["batch"] == self.epoch_steps, progress["step"] == args.max_steps
         due = limit or (complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs))
         images = min(progress["batch"] * args.batch_size * WORLD_SIZE, len(self.train_set))
-        row = {"epoch": epoch, "seconds": round(progress["seconds"], 2)}
-        row["images_per_second"] = round(images / max(progress["seconds"], 1e-9), 2)
+        speed = round(images / max(progress["seconds"], 1e-9), 2)
+        row = {"epoch": epoch, "seconds": round(progress["seconds"], 2), "images_per_second": speed}
         row["learning_rate"] = rate
         row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
         rows = [*progress["rows"], row]
@@ -362,7 +359,8 @@ class Run:
             random_states(self.device, states)  # how often it samples does not change a training
         if complete:
             progress.update(epoch=epoch + 1, batch=0, seconds=0.0, sums={}, rows=rows)
-        late = max(gather(complete and time.monotonic() - self.saved > 600))
+        late = complete and time.monotonic() - self.saved > 600
+        self.caught, late = map(max, zip(*gather((self.noted, late)), strict=True))
         if args.save_model and (due or self.caught or late):
             self.save()
 
@@ -393,8 +391,9 @@ class Run:
             values = [v for row in (*found["rows"], found["sums"]) for v in row.values()]
             types = [type(found[name]) is type(value) for name, value in progress.items()]
             values = all(isinstance(value, int | float) for value in values)
-            counts = found["epoch"] > 0 <= found["step"] and 0 <= found["batch"] < self.epoch_steps
-            if not (all(types) and values and counts):
+            counts = found["epoch"] > 0 <= found["step"] and found["batch"] >= 0
+            inside = found["batch"] < self.epoch_steps or found["files"] != files
+            if not (all(types) and values and counts and inside):
                 raise ValueError("its progress is damaged")
         except Exception as error:  # damaged input may raise anything
             raise UserError(f"{path} does not fit: {one_line(error)}") from None
@@ -405,9 +404,9 @@ class Run:
 
     def catch(self, number, _frame):
         """Notes a signal; a second one ends the process. No output: the streams may be closed."""
-        if self.caught:
+        if self.noted:
             os._exit(128 + number)
-        self.caught = number
+        self.noted = number
 
     def __exit__(self, kind, error, _trace):
         """After an error between two steps, saves what it would lose; else says what comes next."""
@@ -420,16 +419,13 @@ class Run:
                 self.save()
                 print(f"saved after step {step}: --resume continues", file=sys.stderr)
         elif error is None and RANK == 0:
-            print(f"ended after step {step}; grids: {self.folder / 'val'}")
             start = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
-            again = f"{start} {METHOD}/train.py --run-name {args.run_name} --resume"
-            use = f"python {METHOD}/translate.py --checkpoint {self.checkpoint}"
-            if not args.save_model:
-                print("the networks were not saved: --save-model saves them")
-            elif self.progress["epoch"] <= args.epochs:
-                print(f"to continue: {again}")
-            else:
-                print(f"to translate: {use} --input IMAGES --output results")
+            command = f"to continue: {start} {METHOD}/train.py --run-name {args.run_name} --resume"
+            if self.progress["epoch"] > args.epochs:
+                use = f"--checkpoint {self.checkpoint} --input IMAGES --output results"
+                command = f"to translate: python {METHOD}/translate.py {use}"
+            print(f"ended after step {step}; grids: {self.folder / 'val'}")
+            print(command if args.save_model else "--save-model would have saved the networks")
 
 
 # --------------------------------------------------------------------------------------- messages

@@ -12,18 +12,17 @@ from pix2pix_flags import SWITCH, Parser
 
 
 def parse_args(argv=None):
-    """The flags."""
     parser = Parser("translate.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = parser.add_argument
     flag("--checkpoint", type=Path, required=True, help="checkpoint.pt, or a folder of its run")
     flag("--input", type=Path, nargs="+", required=True, help="images, or folders of images")
     flag("--output", type=Path, required=True, help="a folder; for one image also an image file")
-    flag("--size", type=int, default=0, help="resize the short side to this first [0: do not]")
+    flag("--size", type=int, default=0, help="pixels to resize the short side to first [0: off]")
     flag("--restore-size", action="store_true", help="resize results back to the input's size")
     flag("--side-by-side", action="store_true", help="write input and result into one image")
     flag("--skip-existing", action="store_true", help="keep results that exist [overwrite them]")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps [auto]")
-    flag("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="[fp32]")
+    flag("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="on GPUs [fp32]")
     flag("--dropout", action=SWITCH, default=True, help="at test time too, as in the paper [on]")
     parser.set_defaults(compile=False)
     args = parser.parse_args(argv)
@@ -77,16 +76,15 @@ def plan(args):
         found = list_images(path) if path.is_dir() else [path] if path.exists() else []
         if not found:
             inside = {str(f.parent) for f in path.rglob("*") if f.suffix.lower() in SUFFIXES}
-            hint = f"try {' '.join(sorted(inside))}" if inside else f"types: {' '.join(SUFFIXES)}"
-            raise UserError(f"no images in {path}; {hint}")
+            hint = " or ".join(sorted(inside)[:4]) or f"a file {' '.join(SUFFIXES)}"
+            raise UserError(f"no {'images in' if path.is_dir() else 'file'} {path}; try {hint}")
         files += found
-    taken = {path.resolve(): "an input" for path in (*args.input, *files)}
+    taken = {path.resolve(): "where inputs are" for path in (*args.input, *files)}
     named = output.suffix.lower() in SUFFIXES and not output.is_dir()
     for file in dict.fromkeys(files):
         result = results[file] = output if named else output / f"{file.stem}.png"
         if other := taken.get(output.resolve()) or taken.get(result.resolve()):
-            problem = f"{file} would become {result}, where {other} is"
-            raise UserError(f"{problem}; rename one, or choose another --output")
+            raise UserError(f"{file} cannot become {result}, {other}: rename it or change --output")
         taken[result.resolve()] = f"the result of {file}"
     return results
 
@@ -131,7 +129,8 @@ def main(argv=None):
                 image = translate_file(file, *generator, args, device)
             except (UserError, RuntimeError, MemoryError) as error:  # the latter: out of memory
                 reason = (str(error) or "out of memory").splitlines()[0]
-                bar.write(f"translate.py: failed: {file}: {reason}", sys.stderr)
+                hint = "" if isinstance(error, UserError) else f"; try --size {generator[2]}"
+                bar.write(f"translate.py: failed: {file}: {reason}{hint}", sys.stderr)
                 failed += 1
                 continue
             with replacing(path) as png:

@@ -250,8 +250,7 @@ def test_order_of_an_epoch():
         )
     assert len(set(map(tuple, orders))) == 3
     ranks = [epoch_batches(11, 2, 0, 1, rank, 3) for rank in range(3)]
-    sizes = [[len(batch) for batch in batches] for batches in ranks]
-    assert sizes == [[2, 1]] * 3
+    assert [[len(batch) for batch in batches] for batches in ranks] == [[2, 1]] * 3
     keys = {key for batches in ranks for batch in batches for key in batch}
     assert len(keys) == 9  # no image twice; two of eleven are left out
 

@@ -520,6 +520,7 @@ def test_stems_that_do_not_match_are_named(tmp_path, capsys, flag, names):
         shutil.copy(b / "1.png", b / "1.bmp")
     error = refused(capsys, *([a, b, flag] if flag == "--paired" else [a, a, flag, b]))
     assert f"{flag}: each image needs a partner of the same stem" in error
+    assert "needs a partner" in refused(capsys, b, a, "--paired")
     assert str({"12": a / "3.png", "124": a / "3.png", "1123": b / "1.bmp"}[names]) in error
 
 

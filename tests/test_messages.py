@@ -80,3 +80,4 @@ def test_an_unreadable_training_image_is_named_at_the_start(error, method, tmp_p
     file = sorted((tmp_path / data / "train").rglob("*.png"))[1]
     file.write_bytes(file.read_bytes()[:99])
     assert f"cannot read {file}: " in error(method, "--data-folder", data)
+    assert not (tmp_path / "runs").exists()  # before anything is written

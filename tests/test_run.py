@@ -118,16 +118,18 @@ def test_before_the_first_checkpoint_resume_starts_or_names_runs(run, straight, 
     assert "other" in error and "--run-name can be: run" in error
 
 
-def test_a_changed_training_set_is_noticed_by_its_names(run, capsys):
+@pytest.mark.parametrize("change", ["renamed", "removed"])
+def test_a_changed_training_set_is_noticed_by_its_names(run, capsys, change):
     """Replacing an image keeps the number of images. The interrupted epoch starts again."""
     assert run(*FOUR_EPOCHS, "--max-steps", "3") == 0
     image = run.images()[0]
-    image.rename(image.with_name("999.png"))
+    image.rename(image.with_name("999.png")) if change == "renamed" else image.unlink()
     capsys.readouterr()
     assert run.resume() == 0
     assert "training images have changed" in capsys.readouterr().out
     assert run.state()["progress"]["step"] == 9
-    assert any("999.png" in name for name in run.state()["progress"]["files"])
+    files = run.state()["progress"]["files"]
+    assert any("999.png" in name for name in files) == (change == "renamed")
 
 
 # --------------------------------------------------------------------------------- files of a run
@@ -351,7 +353,7 @@ DAMAGE = [  # what the error says, and a function of the state, or of the bytes 
     ("--num-workers", change("args", "num_workers", to=100000)),
     ("--epochs", change("args", "epochs", to=-4)),
     ("--fit", change("args", "fit", to="fold")),
-    ("progress", change("progress", "step", to="two")),
+    ("does not fit", change("progress", "step", to="two")),
     ("progress", change("progress", "epoch", to=-1)),
     ("progress", change("progress", "batch", to=-1)),
     ("progress", change("progress", "batch", to=10**6)),

@@ -281,6 +281,7 @@ def test_images_that_fail_are_named_and_skipped(module, monkeypatch, tmp_path, c
     assert list(contents(tmp_path / "out")) == ["0.png", "1.png", "3.png"]
     failed = [line for line in messages(capsys) if "failed: " in line]
     assert len(failed) == 2 and "2.png: can't allocate memory" in failed[0]
+    assert failed[0].endswith("; try --size 512")
     assert "2b.jpg: cannot read" in failed[1]
     assert run(module, "c.pt", source, tmp_path / "large", "--size", 512) == 1
     out, err = capsys.readouterr()
@@ -324,16 +325,16 @@ def test_bad_inputs_and_outputs(module, tmp_path, capsys):
     (tmp_path / "linked").symlink_to(source)
     before = contents(source)
     for inputs, output, words in (
-        (source, source, ["an input is; rename", "--output"]),
-        (source, tmp_path / "linked", ["an input"]),
-        (source / "0.png", source, ["0.png", "an input"]),
-        (source / "0.png", source / "0.png", ["an input"]),
-        (twins, tmp_path / "out", ["0.jpg", "0.png", "would become"]),
-        ([source, twins / "0.png"], tmp_path / "out", ["would become"]),
-        ([source / "0.png", nested / "x"], tmp_path / "a.png", ["would become"]),
+        (source, source, ["where inputs are", "--output"]),
+        (source, tmp_path / "linked", ["where inputs are"]),
+        (source / "0.png", source, ["0.png", "where inputs are"]),
+        (source / "0.png", source / "0.png", ["where inputs are"]),
+        (twins, tmp_path / "out", ["0.jpg", "0.png", "the result of"]),
+        ([source, twins / "0.png"], tmp_path / "out", ["the result of"]),
+        ([source / "0.png", nested / "x"], tmp_path / "a.png", ["the result of"]),
         (nested, tmp_path / "out", [f"try {nested / 'x'}"]),
         (tmp_path / "empty", tmp_path / "out", ["no images in", ".png"]),
-        (tmp_path / "nowhere", tmp_path / "out", ["no images in", "nowhere"]),
+        (tmp_path / "nowhere", tmp_path / "out", ["no file", "nowhere"]),
     ):
         assert run(module, "c.pt", inputs, output) == 2
         (error,) = messages(capsys)
