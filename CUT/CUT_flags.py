@@ -10,6 +10,9 @@ SWITCH = argparse.BooleanOptionalAction
 HELP = argparse.ArgumentDefaultsHelpFormatter
 LIMITS = {"ema": 1, "num_workers": 257}  # and below
 FAST = {"epochs": 200, "NCE_ratio": 10.0, "NCE_ratio_id": 0.0, "flip_equivariance": True}
+# Idle OpenMP threads that spin slow down a busy machine: benchmarks/README.md. Before torch.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 class Parser(argparse.ArgumentParser):

@@ -152,6 +152,8 @@ def update_averages(nets, decay):
 # Differs from pix2pix/train.py: its own networks
 def build(args, device):
     """Networks, optimizers and buffers under the names that training_step and checkpoints use."""
+    if not args.pix_loss and (args.pix_blur or args.pix_pool > 1 or args.pix_ratio != 5):
+        raise UserError("--pix-blur, --pix-pool and --pix-ratio do nothing without --pix-loss")
     if args.image_size % 4 or args.image_size % args.pix_pool:
         raise UserError(f"--image-size {args.image_size} must be a multiple of 4 and of --pix-pool")
     nets = {}

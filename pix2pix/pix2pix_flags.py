@@ -9,6 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SWITCH = argparse.BooleanOptionalAction
 HELP = argparse.ArgumentDefaultsHelpFormatter
 LIMITS = {"ema": 1, "num_workers": 257}  # and below
+# Idle OpenMP threads that spin slow down a busy machine: benchmarks/README.md. Before torch.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 class Parser(argparse.ArgumentParser):

@@ -175,6 +175,8 @@ def adopt_flags(args, argv):
         if name not in FREE and value != saved[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: the run has {saved[name]}; leave {flag} out")
+    if args.epochs > saved["epochs"]:
+        print(f"{args.epochs} epochs instead of {saved['epochs']}: the learning rate rises again")
     return args
 
 
@@ -277,8 +279,9 @@ class Run:
         facts.update(torch=torch.__version__, commit=None if status else commit)
         with replacing(folder / "args.json") as file:
             file.write(json.dumps(facts, indent=2).encode() + b"\n")
-        unsaved = "" if args.save_model else "; --save-model would save the networks"
-        print(f"{METHOD}: {args.data_folder}, {len(self.train_set)} images, {self.device}{unsaved}")
+        print(f"{METHOD}: {args.data_folder}, {len(self.train_set)} images, {self.device}")
+        if not args.save_model:
+            print("the networks will not be saved: --save-model saves them")
 
     def unfinished(self):
         """Whether there is a step left before the last epoch, --max-steps or a signal."""
@@ -311,6 +314,8 @@ class Run:
             self.caught = max(gather(self.noted))
             if time.monotonic() - self.last_read > 0.5:
                 self.read_losses()
+                means = {n: f"{v / progress['batch']:.3f}" for n, v in progress["sums"].items()}
+                self.bar.set_postfix(means)
             if not self.unfinished():
                 break
         self.read_losses()
@@ -348,11 +353,12 @@ class Run:
         row = {"epoch": epoch, "seconds": round(progress["seconds"], 2), "images_per_second": speed}
         row["learning_rate"] = rate
         row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
-        rows = [*progress["rows"], row]
+        rows, measures = [*progress["rows"], row], {}
         if RANK == 0 and (due or complete):
             states = random_states(self.device)
             try:
-                row.update(sample(self.folder / "val", epoch) if due else {})
+                measures = sample(self.folder / "val", epoch) if due else {}
+                row.update(measures)
                 write_losses(rows, self.folder)
             except (UserError, OSError) as error:  # the training matters more than its images
                 tqdm.write(f"warning: {error}", file=sys.stderr)
@@ -363,6 +369,9 @@ class Run:
         self.caught, late = map(max, zip(*gather((self.noted, late)), strict=True))
         if args.save_model and (due or self.caught or late):
             self.save()
+        if measures:
+            text = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+            tqdm.write(f"epoch {epoch}: {text}")
 
     def save(self):
         """Writes the checkpoint: all of rank 0, the random states and buffers of each process."""
@@ -421,10 +430,13 @@ class Run:
         elif error is None and RANK == 0:
             start = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
             command = f"to continue: {start} {METHOD}/train.py --run-name {args.run_name} --resume"
+            if args.output_root != str(HERE.parent):
+                command += f" --output-root {args.output_root}"
             if self.progress["epoch"] > args.epochs:
                 use = f"--checkpoint {self.checkpoint} --input IMAGES --output results"
                 command = f"to translate: python {METHOD}/translate.py {use}"
             print(f"ended after step {step}; grids: {self.folder / 'val'}")
+            print("to compare runs: python visualize/gallery.py")
             print(command if args.save_model else "--save-model would have saved the networks")
 
 

@@ -1,8 +1,12 @@
 """What a user reads after a mistake: one line with the remedy, exit status 2, no traceback."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from conftest import METHODS, load_script, write_pairs, write_unpaired
+from conftest import METHODS, ROOT, load_script, write_pairs, write_unpaired
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -81,3 +85,17 @@ def test_an_unreadable_training_image_is_named_at_the_start(error, method, tmp_p
     file.write_bytes(file.read_bytes()[:99])
     assert f"cannot read {file}: " in error(method, "--data-folder", data)
     assert not (tmp_path / "runs").exists()  # before anything is written
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "value", "spin"), [("OMP_WAIT_POLICY", "ACTIVE", "None"), ("A", "", "1000")]
+)
+def test_idle_threads_yield_unless_the_user_set_openmp(method, name, value, spin):
+    code = f"import os, {method}_flags; print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {k: v for k, v in os.environ.items() if "OMP" not in k} | {name: value}
+    command = [sys.executable, "-c", code]
+    assert (
+        subprocess.check_output(command, cwd=ROOT / method, env=environment, text=True)
+        == f"{spin}\n"
+    )
