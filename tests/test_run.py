@@ -189,7 +189,7 @@ def test_losses_are_means_over_the_epochs_steps(run, monkeypatch):
 
 def test_without_save_model_it_says_so_at_the_start_and_saves_nothing(run, capsys):
     assert run("--epochs", "1") == 0
-    start, *_, end = capsys.readouterr().out.strip().splitlines()
+    _, start, *_, end = capsys.readouterr().out.strip().splitlines()
     assert "--save-model" in start and "--save-model" in end
     assert not run.checkpoint.parent.exists()
     assert (run.folder / "losses.csv").exists() and (run.folder / "val" / "x1.png").exists()
@@ -198,7 +198,7 @@ def test_without_save_model_it_says_so_at_the_start_and_saves_nothing(run, capsy
 def test_the_start_tells_how_long_the_run_will_take(run, capsys):
     assert run("--epochs", "5", "--batch-size", "1") == 0
     shown = capsys.readouterr()
-    assert [*shown.out.splitlines()][1].startswith("time left for the whole run: 0:0")
+    assert "\ntime left for the whole run: 0:0" in shown.out
     assert "29/30" in shown.err.replace("30/30", "29/30")  # the bar counts the whole run's steps
 
 
