@@ -129,7 +129,7 @@ def descend(loss, *optimizers):
 # Differs from pix2pix/train.py: FastCUT has a schedule of its own
 # Differs from cycleGAN/train.py: FastCUT has a schedule of its own
 def learning_rate(args, epoch):
-    """Adam's rate in an epoch: constant for the first half, then linearly down to 0."""
+    """Adam's rate in an epoch: constant, then linearly towards 0, from the half or 3/4 on."""
     decay = args.epochs // 4 if args.fast else args.epochs // 2  # FastCUT: 150 + 50 epochs
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
 
@@ -169,8 +169,8 @@ def update_averages(nets, decay):
 # Differs from cycleGAN/train.py: its own networks
 def build(args, device):
     """Networks, optimizers and buffer under the names that training_step and checkpoints use."""
-    if args.image_size % 4:
-        raise UserError(f"--image-size {args.image_size} must be a multiple of 4")
+    if args.image_size < 32 or args.image_size % 4 or args.num_patches < 2:
+        raise UserError("--image-size must be a multiple of 4 from 32 on, --num-patches 2 or more")
     taps = args.feat_str.replace(",", " ").split()
     try:
         channels = tap_channels(taps, args.n_layers, args.ngf)

@@ -112,7 +112,7 @@ def descend(loss, *optimizers):
 
 
 def learning_rate(args, epoch):
-    """Adam's rate in an epoch: constant for the first half, then linearly down to 0."""
+    """Adam's rate in an epoch: constant for the first half, then linearly towards 0."""
     # Paper and authors' code: the same.
     decay = args.epochs // 2
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
@@ -154,8 +154,10 @@ def build(args, device):
     """Networks, optimizers and buffers under the names that training_step and checkpoints use."""
     if not args.pix_loss and (args.pix_blur or args.pix_pool > 1 or args.pix_ratio != 5):
         raise UserError("--pix-blur, --pix-pool and --pix-ratio do nothing without --pix-loss")
-    if args.image_size % 4 or args.image_size % args.pix_pool:
-        raise UserError(f"--image-size {args.image_size} must be a multiple of 4 and of --pix-pool")
+    if args.image_size < 32 or args.image_size % 4 or args.image_size % args.pix_pool:
+        raise UserError(
+            f"--image-size {args.image_size} must be a multiple of 4 and of --pix-pool, from 32 on"
+        )
     nets = {}
     for name in ("G", "F"):
         nets[name] = initialize_weights(ResnetGenerator(args.n_layers, args.ngf, args.antialias))

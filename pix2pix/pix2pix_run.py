@@ -31,7 +31,13 @@ METHOD = HERE.name
 RANK = int(os.environ.get("RANK", 0))  # this process's number among those of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 FREE = "data_root output_root run_name epochs max_steps num_workers device sample_every save_model"
-FREE = (*FREE.split(), "resume", "overwrite", "compile")  # what a resumed run may change
+FREE = (
+    *FREE.split(),
+    "resume",
+    "overwrite",
+    "compile",
+    "precision",
+)  # what a resumed run may change
 
 # ------------------------------------------------------------------------------ device, processes
 
@@ -106,6 +112,15 @@ def replacing(path):
             aside.unlink()
 
 
+@contextmanager
+def warn_of_errors():
+    """Turns an error into a warning: the training matters more than its images and plots."""
+    try:
+        yield
+    except Exception as error:
+        tqdm.write(f"warning: {explain(error) or repr(error)}", file=sys.stderr)
+
+
 def write_losses(rows, folder):
     """Writes losses.csv, one row per epoch, and plots its columns in losses.png."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -164,7 +179,10 @@ def adopt_flags(args, argv):
     """The flags of a resumed run: the checkpoint's, except those typed now that may change."""
     path = checkpoint_path(args)
     if not path.exists() and args.save_model:
-        return args  # stopped before its first checkpoint, it starts from the beginning
+        if (path.parents[3] / "visualize" / METHOD / args.run_name / "losses.csv").exists():
+            raise UserError(f"run {args.run_name} was not saved: --overwrite or another --run-name")
+        print("no checkpoint yet: the run starts from the beginning")
+        return args
     if not path.exists():
         runs = sorted(p.parent.name for p in path.parents[1].glob("*/checkpoint.pt"))
         raise UserError(f"no checkpoint {path}; --run-name can be: {', '.join(runs) or 'none yet'}")
@@ -191,6 +209,7 @@ def ignore_signals(_worker):
     """Has a loading process outlive a signal to the whole group, until the run has been saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(getattr(signal, "SIGHUP", signal.SIGTERM), signal.SIG_IGN)
 
 
 class Run:
@@ -229,8 +248,9 @@ class Run:
             self.load()
         elif args.init_from:
             state = read_checkpoint(Path(args.init_from))
-            for name in self.networks.keys() & state.keys():
-                load_part(self.nets[name], state[name], args.init_from)
+            for name, net in self.networks.items():  # an average starts from the weights
+                if found := state.get(name) or state.get(name.removesuffix("_ema")):
+                    load_part(net, found, args.init_from)
         facts = [(n, v) for n, v in vars(args).items() if n not in FREE]
         facts += [(file.name, file.stat().st_size) for file in self.train_set.files]
         if any(other != facts for other in gather(facts)):
@@ -257,8 +277,10 @@ class Run:
             self.locked = open(folder / ".lock", "w")  # noqa: SIM115 (until the process ends)
             try:
                 fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise UserError(f"run {name} is in progress in another process") from None
+            except OSError:  # a file system without locks
+                pass
         exists = (folder / "args.json").exists() or self.checkpoint.exists()
         if exists and not (self.args.resume or self.args.overwrite):
             ways = "--resume continues it, --overwrite deletes it, another --run-name keeps it"
@@ -354,17 +376,17 @@ class Run:
         row["learning_rate"] = rate
         row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
         rows, measures = [*progress["rows"], row], {}
-        if RANK == 0 and (due or complete):
-            states = random_states(self.device)
-            try:
-                measures = sample(self.folder / "val", epoch) if due else {}
-                row.update(measures)
-                write_losses(rows, self.folder)
-            except (UserError, OSError) as error:  # the training matters more than its images
-                tqdm.write(f"warning: {error}", file=sys.stderr)
-            random_states(self.device, states)  # how often it samples does not change a training
         if complete:
             progress.update(epoch=epoch + 1, batch=0, seconds=0.0, sums={}, rows=rows)
+        if RANK == 0 and due:
+            states = random_states(self.device)
+            with warn_of_errors():
+                measures = sample(self.folder / "val", epoch)
+                row.update(measures)
+            random_states(self.device, states)  # how often it samples does not change a training
+        if RANK == 0 and (due or complete):
+            with warn_of_errors():
+                write_losses(rows, self.folder)
         late = complete and time.monotonic() - self.saved > 600
         self.caught, late = map(max, zip(*gather((self.noted, late)), strict=True))
         if args.save_model and (due or self.caught or late):
@@ -391,6 +413,8 @@ class Run:
         """Restores what save wrote. UserError if it does not fit."""
         path, state, progress = self.checkpoint, read_checkpoint(self.checkpoint), self.progress
         try:
+            if "ranks" not in state:
+                raise ValueError("an earlier version wrote it: use --init-from")
             ranks, found, files = state["ranks"], state["progress"], progress["files"]
             if len(ranks) != WORLD_SIZE:
                 raise ValueError(f"needs torchrun --nproc-per-node {len(ranks)}")
@@ -412,10 +436,13 @@ class Run:
             progress.update(files=files, batch=0, seconds=0.0, sums={})
 
     def catch(self, number, _frame):
-        """Notes a signal; a second one ends the process. No output: the streams may be closed."""
-        if self.noted:
+        """Notes a signal; another one, a second later, ends the process. No output: the streams may
+        be closed. A closing terminal sends two signals at once.
+        """
+        if self.noted and time.monotonic() - self.noted_at > 1:
             os._exit(128 + number)
-        self.noted = number
+        if not self.noted:
+            self.noted, self.noted_at = number, time.monotonic()
 
     def __exit__(self, kind, error, _trace):
         """After an error between two steps, saves what it would lose; else says what comes next."""

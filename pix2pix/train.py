@@ -74,7 +74,7 @@ def descend(loss, *optimizers):
 
 
 def learning_rate(args, epoch):
-    """Adam's rate in an epoch: constant for the first half, then linearly down to 0."""
+    """Adam's rate in an epoch: constant for the first half, then linearly towards 0."""
     # Paper and authors' Lua code: constant. Authors' PyTorch code: as here.
     decay = args.epochs // 2
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
@@ -113,7 +113,7 @@ def update_averages(nets, decay):
 
 def build(args, device):
     """Networks and optimizers under the names that training_step and checkpoints use."""
-    if args.image_size & (args.image_size - 1):
+    if args.image_size < 32 or args.image_size & (args.image_size - 1):
         sizes = "32, 64, 128, 256, 512, ...: the U-Net halves it down to one pixel"
         raise UserError(f"--image-size {args.image_size}: expected a power of two, {sizes}")
     nets = {"G": initialize_weights(UNetGenerator(args.image_size, args.ngf))}

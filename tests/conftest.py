@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = [name for name in ("pix2pix", "cycleGAN", "CUT") if (ROOT / name / "train.py").exists()]
 sys.path[:0] = [str(ROOT / name) for name in METHODS]
 torch.set_num_threads(1)  # the tests' networks are too small for more
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
 def load_script(method, script="train"):

@@ -56,6 +56,8 @@ def test_a_hangup_that_nohup_ignores_changes_nothing(run, straight, at_step):
 def test_a_second_signal_ends_at_once(run, at_step):
     def twice(*_):
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)  # as a closing terminal does: at once, so not a second
+        time.sleep(1.1)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(30)
 
