@@ -561,11 +561,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-PARSER = Parser("make_toy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-
-
 def parse_args(argv=None):
-    here, parser = Path(__file__).resolve().parent, PARSER
+    here = Path(__file__).resolve().parent
+    parser = Parser("make_toy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     flag = parser.add_argument
     flag("--count", type=int, default=300, help="training images [%(default)s]")
     flag("--test-count", type=int, default=30, help="images in val and in test each [%(default)s]")
@@ -583,7 +581,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args, parser = parse_args(argv), PARSER
+    args, parser = parse_args(argv), Parser("make_toy.py")
     for name in SETS:
         if (args.root / name).exists() and not args.overwrite:
             parser.error(f"{args.root / name} exists; --overwrite replaces it")

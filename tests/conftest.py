@@ -251,3 +251,8 @@ def at_step(run, monkeypatch):
         return done
 
     return watch
+
+
+def pytest_collection_modifyitems(items):
+    """Benchmarks last: their emulated GPU starts threads of autograd; after that no test can fork."""
+    items.sort(key=lambda item: item.path.name == "test_benchmarks.py")
