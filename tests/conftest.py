@@ -254,5 +254,5 @@ def at_step(run, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Benchmarks last: their emulated GPU starts threads of autograd; after that no test can fork."""
-    items.sort(key=lambda item: item.path.name == "test_benchmarks.py")
+    """The endings come first: others start threads of autograd, after which no test can fork."""
+    items.sort(key=lambda item: item.path.name != "test_endings.py")
