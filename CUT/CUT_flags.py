@@ -104,7 +104,7 @@ def parse_args(argv=None, prog="train.py", saved=None):
     method("--antialias", action="store_true", help="blur where layers change the resolution")
     method("--buffer-size", type=int, default=0, help="generated images kept for D; 0: off")
     method("--NCE-ratio", type=float, default=1.0, help="weight of NCE of x (--lambda_NCE); 0: off")
-    method("--NCE-ratio-id", type=float, default=1.0, help="weight of NCE of y and G(y); 0: off")
+    method("--NCE-ratio-id", type=float, default=1.0, help="weight of NCE of y; 0: off, no halving")
     method("--fast", action="store_true", help="FastCUT: NCE 10, no identity, flips, 200 epochs")
     method("--flip-equivariance", action=SWITCH, default=False, help="flip G's input and features")
     method("--feat-str", default="pix, d128, d256, R256_1, R256_5", help="layers to compare")

@@ -2,7 +2,7 @@
 features against patches of the input's. InfoNCE is the paper's loss; --nce, --query and --src-ratio
 select later variants.
 
-    python CUT/train.py --nce hdce --src-ratio 0.05       # trains with one of them
+    python CUT/train.py --nce hdce --NCE-ratio 0.1 --NCE-ratio-id 0.1 --src-ratio 0.05
     python -m pytest tests/test_nce.py                    # compares all of them with numpy
 """
 

@@ -1,3 +1,5 @@
+"""The original repository's name for train.py."""
+
 from train import main
 
 if __name__ == "__main__":
