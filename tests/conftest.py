@@ -20,6 +20,7 @@ METHODS = [name for name in ("pix2pix", "cycleGAN", "CUT") if (ROOT / name / "tr
 sys.path[:0] = [str(ROOT / name) for name in METHODS]
 torch.set_num_threads(1)  # the tests' networks are too small for more
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 
 def load_script(method, script="train"):
