@@ -9,7 +9,6 @@ torch-fidelity` and weights, which these packages download once. All other numbe
 """
 
 import argparse
-import io
 import json
 import math
 import subprocess
@@ -17,17 +16,19 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image, ImageCms
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "datasets"))
+from prepare import SUFFIXES, UserError, load_rgb, note  # noqa: E402
+
 METHODS = ("pix2pix", "cycleGAN", "CUT")
 ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -39,20 +40,6 @@ NOTES = {
     "stripes": "dB more than REFERENCE at periods of 2 and 4 px; shift-PSNR: higher is better",
     "change": "L1 of G(x) - x in [-1, 1]; correlation of luminance, below 0 where inverted",
 }
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF to Image.Transpose
-NOTED = set()
-
-
-class UserError(Exception):
-    """A problem that the user can fix. One line: what was found, what was expected, what to do."""
-
-
-def note(kind, message):
-    """Prints a warning about the data, one of each kind."""
-    if kind not in NOTED:
-        NOTED.add(kind)
-        print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def list_images(folder):
@@ -63,42 +50,6 @@ def list_images(folder):
         skipped = sorted(set(files) - set(images))
         note(folder, f"skipped in {folder}: {len(skipped)}, such as {skipped[0].name}")
     return images
-
-
-def load_rgb(path):
-    """Any image as 8-bit RGB (PIL), upright, in sRGB. 16 bits are scaled, transparency is white.
-
-    Metadata never prevents reading the pixels. UserError, naming the file, if they are unreadable.
-    """
-    try:
-        with Image.open(path) as file:
-            image = file.copy()
-            with suppress(Exception):  # a format without frames, or one with damaged later frames
-                if file.n_frames > 1:
-                    note("frames", f"{path}: only the first of its {file.n_frames} frames is read")
-            with suppress(Exception):  # no orientation, or an odd one: the image stays as it is
-                image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
-            profile = image.info.get("icc_profile") or b"sRGB"
-            if image.mode == "F":
-                raise ValueError("floating-point pixels; save it with 8 or 16 bits per channel")
-            if image.mode[0] == "I":  # 16 bits: 65535 is white
-                levels = np.asarray(image).astype(np.int64)
-                low, high = levels.min(), levels.max()
-                if low < 0 or high > 65535 or high < 8192:
-                    note("levels", f"{path} has levels {low} to {high}; rescale them to 0 to 65535")
-                levels[levels == image.info.get("transparency")] = 65535
-                image = Image.fromarray(((levels.clip(0, 65535) + 128) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
-            if b"sRGB" not in profile:
-                with suppress(Exception):  # a damaged profile: the levels count as sRGB
-                    source, srgb = io.BytesIO(profile), ImageCms.createProfile("sRGB")
-                    image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-            return image.convert("RGB")
-    except Exception as error:  # a decoder may raise anything
-        raise UserError(f"cannot read {path}: {error}; replace or remove it") from None
 
 
 def parse_args(argv=None):
@@ -115,12 +66,9 @@ def parse_args(argv=None):
     flag("--checkpoint", metavar="FILE", type=Path, help="the generator, or its run's folder [off]")
     flag("--method", choices=METHODS, help="method of the checkpoint [named in its path]")
     flag("--direction", choices=["x2y", "y2x"], help="for cycleGAN [translate.py's default]")
-    flag("--shift-images", metavar="N", type=int, default=8, help="use the first N inputs [8]")
     args = parser.parse_args(argv)
     if args.checkpoint and not args.input:
         parser.error("--checkpoint needs --input, the folder of images to shift and translate")
-    if args.shift_images < 1:
-        parser.error(f"--shift-images {args.shift_images}: expected 1 or more")
     return args
 
 
@@ -182,10 +130,8 @@ def ssim(a, b):
     window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))  # 11x11 pixels, sigma 1.5
     window /= window.sum()
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_a, mean_b = filtered(a, window), filtered(b, window)
-    var_a = filtered(a * a, window) - mean_a**2
-    var_b = filtered(b * b, window) - mean_b**2
-    covariance = filtered(a * b, window) - mean_a * mean_b
+    mean_a, mean_b, aa, bb, ab = (filtered(x, window) for x in (a, b, a * a, b * b, a * b))
+    var_a, var_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
     similarity = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)  # Eq. 13
     return np.mean(similarity * (2 * covariance + c2) / (var_a + var_b + c2))
 
@@ -280,10 +226,9 @@ def sliced_wasserstein(a, b):
     """
     sides = []
     for patches in (a.reshape(-1, 3, 49), b.reshape(-1, 3, 49)):
-        mean = patches.mean((0, 2), keepdims=True, dtype=np.float64).astype(np.float32)
-        power = np.mean((patches - mean) ** 2, axis=(0, 2), keepdims=True, dtype=np.float64)
-        deviation = np.sqrt(power).clip(1e-6).astype(np.float32)
-        sides.append(((patches - mean) / deviation).reshape(-1, 147).T)
+        of_channel = {"axis": (0, 2), "keepdims": True, "dtype": np.float64}
+        mean, deviation = patches.mean(**of_channel), patches.std(**of_channel).clip(1e-6)
+        sides.append(((patches - mean) / deviation).astype(np.float32).reshape(-1, 147).T)
     size = max(side.shape[1] for side in sides)  # as many quantiles as the larger set has
     places = [(2 * np.arange(size) + 1) * side.shape[1] // (2 * size) for side in sides]
     rng, distances = np.random.default_rng(0), []
@@ -328,14 +273,11 @@ def peaks(lines):
 def stripe_metrics(generated, reference, size):
     """How much more GENERATED stands out at periods of 2 and 4 pixels than REFERENCE at `size`."""
     # Generated images keep their own size: resizing would move a stripe to another frequency.
-    keys, sides = ["vertical_2", "vertical_4", "horizontal_2", "horizontal_4"], []
+    keys, sides = ("vertical_2", "vertical_4", "horizontal_2", "horizontal_4"), []
     for files, resized in ((generated, None), (reference, size)):
         grays = (pixels(file, resized) @ LUMA for file in tqdm(files, "stripes", leave=False))
         sides.append(np.array([[*peaks(gray), *peaks(gray.T)] for gray in grays]))  # (N, 4)
-    excess = sides[0].mean(0) - sides[1].mean(0)
-    error = np.sqrt(sum(side.var(0, ddof=1) / len(side) for side in sides))  # standard error
-    keys += [f"{key}_error" for key in keys]
-    return dict(zip(keys, [*excess, *error], strict=True))
+    return dict(zip(keys, sides[0].mean(0) - sides[1].mean(0), strict=True))
 
 
 def correlation(a, b):
@@ -362,7 +304,7 @@ def translate(args, source, target):
 
 def shift_metrics(args, pairs, generated):
     """PSNR of G(shifted x) to shifted G(x): Zhang 2019, https://arxiv.org/abs/1904.11486."""
-    chosen = sorted(pairs, key=lambda pair: pair[1].name)[: args.shift_images]
+    chosen = sorted(pairs, key=lambda pair: pair[1].name)[:8]
     shifts = [(pixel, axis) for pixel in (1, 2, 3) for axis in (1, 0)]  # to the right, down
     found = {pixel: [] for pixel, _ in shifts}
     with tempfile.TemporaryDirectory() as folder:
@@ -380,8 +322,8 @@ def shift_metrics(args, pairs, generated):
                 moved = pixels(target / f"{index}_{pixel}_{axis}.png")
                 found[pixel].append(psnr(moved, np.roll(still, pixel, axis)))
     every = [value for values in found.values() for value in values]
-    found = {f"shift_psnr_{pixel}": mean_finite(values) for pixel, values in found.items()}
-    return {"shift_psnr": mean_finite(every), **found}
+    found = {"shift_psnr": every} | {f"shift_psnr_{pixel}": found[pixel] for pixel in found}
+    return {key: mean_finite(values) for key, values in found.items()}
 
 
 def evaluate(args):
@@ -395,7 +337,15 @@ def evaluate(args):
     generated, reference = sizes["generated"], sizes["reference"]
     if min(map(min, generated.values())) < 32:
         raise UserError(f"{args.generated}: every side must have 32 pixels or more")
-    size = Counter(sorted(generated.values())).most_common(1)[0][0]
+    usual = {name: Counter(sorted(s.values())).most_common(1)[0] for name, s in sizes.items()}
+    size = usual["generated"][0]
+    lines = [
+        f"{len(sizes[name])} {name}, {count} of them {width}x{height}"
+        for name, ((width, height), count) in usual.items()
+    ]
+    lines += [
+        f"resized where sizes differ: pairs to the generated image, sets to {size[0]}x{size[1]}"
+    ]
     pairs = match(generated, reference, "--paired") if args.paired else []
     inputs = match(generated, sizes["input"], "--input") if args.input else []
     shift = shift_metrics(args, inputs, generated) if args.checkpoint else {}
@@ -408,12 +358,6 @@ def evaluate(args):
     found["stripes"] = stripe_metrics(generated, reference, size) | shift
     if args.input:
         found["change"] = means(inputs, generated, l1=l1, luminance=correlation)
-    lines = [
-        "resized where sizes differ: pairs to the generated image, sets to {}x{}".format(*size)
-    ]
-    for name, files in sizes.items():
-        (width, height), count = Counter(sorted(files.values())).most_common(1)[0]
-        lines.insert(-1, f"{len(files)} {name}, {count} of them {width}x{height}")
     return lines, found
 
 

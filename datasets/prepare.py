@@ -11,11 +11,9 @@ import argparse
 import io
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
-from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -76,45 +74,43 @@ def load_rgb(path):
         raise UserError(f"cannot read {path}: {error}; replace or remove it") from None
 
 
-def load(path, failed):
-    """load_rgb, or None, with the error added to `failed`."""
+def load(path):
+    """load_rgb, or None after a message if the file is unreadable."""
     try:
         return load_rgb(path)
     except UserError as error:
-        failed.append(error)
+        print(f"left out: {error}")
 
 
-def report(reason, items):
-    """Prints how many items are left out, and the first five."""
-    if items:
-        more = f", and {len(items) - 5} more" if len(items) > 5 else ""
-        print(f"left out, {reason}: {len(items)}: {', '.join(map(str, items[:5]))}{more}")
+def report(reason, files):
+    """Prints how many files are left out, and the first five."""
+    if files:
+        more = f", and {len(files) - 5} more" if len(files) > 5 else ""
+        print(f"left out, {reason}: {len(files)}: {', '.join(map(str, files[:5]))}{more}")
 
 
 def find_images(folder):
     """The images in `folder` at any depth, sorted by path. Reports what is left out."""
-    files = sorted(folder.rglob("*"))
-    files = [f for f in files if not any(p[0] == "." for p in f.relative_to(folder).parts)]
-    images = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
-    others = [f for f in set(files) - set(images) if f.is_symlink() or not f.is_dir()]
+    files = [f for f in folder.rglob("*") if "/." not in f"/{f.relative_to(folder).as_posix()}"]
+    images = {f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()}
+    others = [f for f in files if f not in images and (f.is_symlink() or not f.is_dir())]
     report("of another format (convert HEIC and gif) or a dead link", sorted(others))
     if not images:
         found = "no images" if folder.is_dir() else "no folder"
         raise UserError(f"{folder}: {found}; expected files {' '.join(sorted(SUFFIXES))}")
-    return images
+    return sorted(images)
 
 
 def name_images(*folders):
     """For each folder {name: file}. The names are unique, by one rule for all folders: the stem;
     if stems repeat, sub-folders and stem; if these repeat too (a.jpg and a.png), also the suffix.
     """
-    found = [find_images(folder) for folder in folders]
-    paths = [[f.relative_to(d) for f in files] for d, files in zip(folders, found, strict=True)]
-    stems = [[path.stem for path in side] for side in paths]
-    places = [["-".join(path.with_suffix("").parts) for path in side] for side in paths]
-    for names in (stems, places, [["-".join(path.parts) for path in side] for side in paths]):
-        if all(len({name.lower() for name in side}) == len(side) for side in names):
-            return [dict(zip(*pair, strict=True)) for pair in zip(names, found, strict=True)]
+    sides = [{f.relative_to(folder): f for f in find_images(folder)} for folder in folders]
+    stem, place = (lambda p: p.stem), (lambda p: "-".join(p.with_suffix("").parts))
+    for name in (stem, place, lambda p: "-".join(p.parts)):
+        named = [{name(path): file for path, file in side.items()} for side in sides]
+        if [len({n.lower() for n in names}) for names in named] == list(map(len, sides)):
+            return named
     raise UserError(f"{' or '.join(map(str, folders))}: two files get the same name; rename one")
 
 
@@ -125,144 +121,133 @@ def hold_out(names, args, side=""):
     return dict.fromkeys(order[:count], "test") | dict.fromkeys(order[count:], "train")
 
 
-def unpaired(args, failed):
+# The commands: each yields (path in the dataset, an image or the file to copy).
+
+
+def unpaired(args):
     """Copy two folders, the files as they are; DIR_X becomes x, the input. For CUT, cycleGAN."""
-    for side, names in zip("xy", name_images(args.dir_x, args.dir_y), strict=True):
+    for side, names in zip("xy", name_images(*args.sources), strict=True):
         for name, part in hold_out(names, args, side).items():
-            if load(names[name], failed):
+            if load(names[name]):
                 yield f"{part}/{side}/{name}{names[name].suffix}", names[name]
 
 
-def pairs(args, failed):
+def pairs(args):
     """Glue the images of the same name: y left, x right, resized to y's size. For pix2pix."""
-    xs, ys = name_images(args.dir_x, args.dir_y)
-    lonely = sorted(xs.keys() ^ ys.keys())
-    report("without a partner of the same name", [(xs | ys)[name] for name in lonely])
+    xs, ys = name_images(*args.sources)
+    single = sorted(xs.keys() ^ ys.keys())
+    report("without a partner of the same name", [(xs | ys)[name] for name in single])
     for name, part in hold_out(xs.keys() & ys.keys(), args).items():
-        x, y = load(xs[name], failed), load(ys[name], failed)
+        x, y = load(xs[name]), load(ys[name])
         if x and y:
             if abs(x.width * y.height / (x.height * y.width) - 1) > 0.02:
                 note("shape", f"{xs[name]} is stretched to the shape of {ys[name]}: is it a pair?")
-            pair = Image.new("RGB", (2 * y.width, y.height))
-            pair.paste(y)
-            pair.paste(x.resize(y.size, Image.Resampling.BICUBIC), (y.width, 0))
-            yield f"{part}/{name}.png", pair
+            x = x.resize(y.size, Image.Resampling.BICUBIC)
+            yield f"{part}/{name}.png", Image.fromarray(np.hstack([y, x]))
 
 
-def split(args, failed):
+def split(args):
     """Cut pairs into sides: disjoint halves of the training pairs, or both sides of all."""
     [source] = args.sources
     tests = [part for part in ("test", "val") if (source / part).is_dir()]
     for part in ["train", *tests[:1]]:
         [names] = name_images(source / part)
-        order = np.random.default_rng(args.seed).permutation(len(names)).tolist()
-        in_x, both = set(order[: (len(names) + 1) // 2]), args.all or part != "train"
-        for index, (name, file) in enumerate(names.items()):
-            pair = load(file, failed)
+        order = np.random.default_rng(args.seed).permutation(list(names)).tolist()
+        sides = dict.fromkeys(order, "y") | dict.fromkeys(order[: (len(order) + 1) // 2], "x")
+        if args.all or part != "train":
+            sides = dict.fromkeys(order, "xy")
+        for name, file in names.items():
+            pair = load(file)
             if pair and pair.width % 2:
-                failed.append(f"{file} is {pair.width} pixels wide; a pair has two equal halves")
+                print(f"left out: {file} is {pair.width} pixels wide; a pair has two equal halves")
             elif pair:
-                for side in "xy" if both else "x" if index in in_x else "y":
-                    left, width = pair.width // 2 * (side == "x"), pair.width // 2
-                    half = pair.crop((left, 0, left + width, pair.height))
-                    yield f"{part.replace('val', 'test')}/{side}/{name}.png", half
+                halves = dict(zip("yx", np.split(np.asarray(pair), 2, axis=1), strict=True))
+                for side in sides[name]:
+                    new = f"{part.replace('val', 'test')}/{side}/{name}.png"
+                    yield new, Image.fromarray(halves[side])
 
 
-def build(args, new):
-    """Write the dataset into the folder `new`, and report what it holds and what is left out."""
-    failed, counts = [], Counter()
-    for path, image in tqdm(args.command(args, failed), unit=" images", disable=None):
-        folder = (new / path).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        counts[folder.relative_to(new).as_posix()] += 1
+def build(args, folder):
+    """Write the dataset into a new folder, and print how many images it has."""
+    command = {"unpaired": unpaired, "pairs": pairs, "split": split}[args.command]
+    for path, image in tqdm(command(args), unit=" images", disable=None):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(image, Path):
-            shutil.copyfile(image, new / path)
+            shutil.copyfile(image, folder / path)
         else:
-            image.save(new / path, compress_level=1)
-    report("unusable", failed)
-    for folder in ["train"] if args.command is pairs else ["train/x", "train/y"]:
-        if not counts[folder]:
-            raise UserError(f"no usable image for {args.name}/{folder}; nothing was written")
-    for folder, count in sorted(counts.items()):
-        print(f"{args.target / folder}: {count} images")
+            image.save(folder / path, compress_level=1)
+    for part in ["train"] if command is pairs else ["train/x", "train/y"]:
+        if not (folder / part).is_dir():
+            raise UserError(f"no usable image for {args.name}/{part}; nothing was written")
+    for part in sorted({file.parent for file in folder.rglob("*.*")}):
+        print(f"{args.target / part.relative_to(folder)}: {len(list(part.iterdir()))} images")
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports an error as one line."""
-
-    def error(self, message):
-        self.exit(2, f"prepare.py: error: {message}\n")
+@contextmanager
+def replacing(*targets):
+    """Yields a folder next to the targets. What the block writes there, under their names, replaces
+    them at its end; nothing is left of a block that fails.
+    """
+    parent = targets[0].parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=parent) as aside:
+        yield Path(aside)
+        for target in targets:
+            if target.exists():
+                target.rename(Path(aside, f"old {target.name}"))
+            Path(aside, target.name).rename(target)
 
 
 def parse_args(argv=None):
-    parser = Parser("prepare.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (unpaired, pairs, split):
-        about = {"help": command.__doc__, "description": command.__doc__, "allow_abbrev": False}
-        sub = commands.add_parser(command.__name__, **about)
-        sub.set_defaults(command=command)
-        flag = sub.add_argument
-        if command is split:
-            flag("source", metavar="NAME", help="the dataset of pairs")
-            flag("name", metavar="NEW", help="the dataset to make")
-            flag("--all", action="store_true", help="both training sides from every pair [halves]")
-        else:
-            flag("dir_x", metavar="DIR_X", type=Path, help="folder of x, the generator's input")
-            flag("dir_y", metavar="DIR_Y", type=Path, help="folder of y, its target")
-            flag("name", metavar="NAME", help="the dataset to make")
-            flag("--test", type=int, default=50, help="test images, at most a fifth of all [50]")
-        flag("--seed", type=int, default=0, help="another seed samples other images [0]")
-        flag("--data-root", type=Path, default=ROOT / "datasets", help="folder of the datasets")
-        flag("--overwrite", action="store_true", help="replace the dataset if it exists [stop]")
-    args = parser.parse_args(argv)
-    if Path(args.name).name != args.name or args.name[:1] in ("", "."):
-        parser.error(f"{args.name!r} is not a plain folder name; --data-root says where it goes")
-    if args.seed < 0 or getattr(args, "test", 0) < 0:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("prepare.py", description=__doc__, **style)
+    parser.error = lambda message: parser.exit(2, f"prepare.py: error: {message}\n")
+    flag = parser.add_argument
+    flag("command", choices=["unpaired", "pairs", "split"])
+    flag("sources", metavar="DIR", nargs="+", help="x, the input, then y; split: dataset of pairs")
+    flag("name", metavar="NAME", help="the dataset to make")
+    flag("--test", type=int, default=50, help="test images, at most a fifth of all [50]")
+    flag("--all", action="store_true", help="split: both training sides from every pair [halves]")
+    flag("--seed", type=int, default=0, help="another seed samples other images [0]")
+    flag("--data-root", type=Path, default=ROOT / "datasets", help="folder of the datasets")
+    flag("--overwrite", action="store_true", help="replace the dataset if it exists [stop]")
+    args = parser.parse_intermixed_args(argv)
+    if len(args.sources) != (1 if args.command == "split" else 2):
+        parser.error("expected unpaired DIR_X DIR_Y NAME, pairs DIR_X DIR_Y NAME or split NAME NEW")
+    if args.seed < 0 or args.test < 0:
         parser.error("--seed and --test must be 0 or more")
+    folder = args.data_root if args.command == "split" else Path()
+    args.sources = [folder / source for source in args.sources]
     args.target = args.data_root / args.name
-    args.sources = (
-        [args.data_root / args.source] if args.command is split else [args.dir_x, args.dir_y]
-    )
     return parser, args
 
 
-def check_target(target, sources, overwrite):
-    """UserError where the target exists, holds foreign files, or overlaps with a source."""
-    for one, other in combinations([path.resolve() for path in (target, *sources)], 2):
+def check(args):
+    """UserError where the target must not be written: it would replace what is no dataset."""
+    target = args.target
+    if Path(args.name).name != args.name or args.name[:1] in ("", "."):
+        raise UserError(f"{args.name!r} is not a plain folder name; --data-root says where it goes")
+    for one, other in combinations([path.resolve() for path in (target, *args.sources)], 2):
         if one.is_relative_to(other) or other.is_relative_to(one):
             raise UserError(f"{one} and {other} overlap; expected separate folders")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; --overwrite replaces it")
-    foreign = {p.name for p in target.glob("[!.]*")} - {"train", "test", "val"}
+    foreign = {path.name for path in target.glob("[!.]*")} - {"train", "test", "val"}
     if foreign:
-        raise UserError(
-            f"{target} holds {min(foreign)}, so it is no dataset of this script; move it away"
-        )
+        raise UserError(f"{target} is not a dataset, it holds {min(foreign)}; move it away")
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} exists; --overwrite replaces it")
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    target = args.target
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        check_target(target, args.sources, args.overwrite)
-        args.data_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{args.name}-", dir=args.data_root) as aside:
-            new, old = Path(aside, "new"), Path(aside, "old")
-            build(args, new)
-            try:
-                if target.exists():
-                    target.rename(old)
-                new.rename(target)
-            finally:
-                if old.exists() and not target.exists():
-                    old.rename(target)
+        check(args)
+        with replacing(args.target) as aside:
+            build(args, aside / args.name)
     except (UserError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         parser.exit(130, "prepare.py: interrupted; nothing was written\n")
-    script = ROOT / ("pix2pix" if args.command is pairs else "CUT") / "train.py"
-    script = script.relative_to(ROOT) if Path.cwd() == ROOT else script
+    script = ROOT / ("pix2pix" if args.command == "pairs" else "CUT") / "train.py"
     root = [] if args.data_root == ROOT / "datasets" else ["--data-root", args.data_root]
     words = ["python", script, "--data-folder", args.name, *root, "--fit", "crop", "--save-model"]
     print("next:", shlex.join(map(str, words)))
