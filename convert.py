@@ -34,8 +34,9 @@ class UserError(Exception):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("convert.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("convert.py", description=__doc__, **style)
+    parser.error = lambda message: parser.exit(2, f"convert.py: error: {message}\n")
     flag = parser.add_argument
     flag("file", type=Path, metavar="FILE", help="the authors' *_net_G*.pth, or a checkpoint.pt")
     flag("output", type=Path, metavar="OUT", help="OUT.pt for a checkpoint, OUT.onnx for ONNX")

@@ -337,15 +337,13 @@ def evaluate(args):
     generated, reference = sizes["generated"], sizes["reference"]
     if min(map(min, generated.values())) < 32:
         raise UserError(f"{args.generated}: every side must have 32 pixels or more")
-    usual = {name: Counter(sorted(s.values())).most_common(1)[0] for name, s in sizes.items()}
-    size = usual["generated"][0]
+    [(size, _)] = Counter(sorted(generated.values())).most_common(1)
     lines = [
-        f"{len(sizes[name])} {name}, {count} of them {width}x{height}"
-        for name, ((width, height), count) in usual.items()
+        f"{len(files)} {name}, {count} of them {width}x{height}"
+        for name, files in sizes.items()
+        for (width, height), count in Counter(sorted(files.values())).most_common(1)
     ]
-    lines += [
-        f"resized where sizes differ: pairs to the generated image, sets to {size[0]}x{size[1]}"
-    ]
+    lines.append("resized: pairs to the generated image, sets to {}x{}".format(*size))
     pairs = match(generated, reference, "--paired") if args.paired else []
     inputs = match(generated, sizes["input"], "--input") if args.input else []
     shift = shift_metrics(args, inputs, generated) if args.checkpoint else {}
