@@ -153,11 +153,15 @@ def lock(folder):
 
 
 def find_checkpoint(path):
-    """The checkpoint of a run, if path is one of its two folders; otherwise path."""
-    folder = path.resolve()
+    """The checkpoint that path is, or that of the run whose folder it is. UserError if missing."""
+    folder, is_run = path.resolve(), path.is_dir()
     if folder.parent.parent.name == "visualize":  # visualize/<method>/<run-name>
-        folder = folder.parents[2] / folder.parent.name / "model" / folder.name
-    return folder / "checkpoint.pt" if path.is_dir() else path
+        folder, is_run = folder.parents[2] / folder.parent.name / "model" / folder.name, True
+    file = folder / "checkpoint.pt" if is_run else path
+    if not file.exists():
+        runs = sorted(p.parent.name for p in folder.parent.glob("*/checkpoint.pt"))
+        raise UserError(f"no checkpoint {file}; runs that have one: {', '.join(runs) or 'none'}")
+    return file
 
 
 def read_checkpoint(path):
@@ -208,11 +212,8 @@ def adopt_flags(args, argv):
     if not path.exists() and args.save_model:
         print("no checkpoint yet: the run starts from the beginning")
         return args
-    if not path.exists():
-        runs = sorted(p.parent.name for p in path.parents[1].glob("*/checkpoint.pt"))
-        raise UserError(f"no checkpoint {path}; --run-name can be: {', '.join(runs) or 'none yet'}")
-    saved = {**read_checkpoint(path)["args"], "overwrite": False, "max_steps": 0}
-    saved.update(run_name=args.run_name, output_root=args.output_root)
+    saved = read_checkpoint(find_checkpoint(path.parent))["args"]
+    saved.update(run_name=args.run_name, output_root=args.output_root, overwrite=False, max_steps=0)
     args = parse_args(argv, saved=saved)
     for name, value in vars(args).items():
         if name not in FREE and value != saved[name]:

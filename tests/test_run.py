@@ -116,7 +116,7 @@ def test_before_the_first_checkpoint_resume_starts_or_names_runs(run, straight, 
     capsys.readouterr()
     assert run.resume("--run-name", "other") == 2
     error = error_line(capsys)
-    assert "other" in error and "--run-name can be: run" in error
+    assert "other" in error and "runs that have one: run" in error
 
 
 @pytest.mark.parametrize("change", ["renamed", "removed"])
