@@ -30,7 +30,8 @@ from CUT_model import (
     tap_channels,
 )
 from CUT_nce import ProjectionHeads, patch_nce
-from CUT_run import Run, average_gradients, pick_device, replacing, run_command
+from CUT_run import Run, run_command
+from CUT_system import average_gradients, pick_device, replacing
 
 # ---------------------------------------------------------------------------------- the equations
 
@@ -292,7 +293,6 @@ def train(args):
 
 
 def main(argv=None):
-    """Runs the command line. Returns the exit status."""
     return run_command(train, argv)
 
 

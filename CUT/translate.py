@@ -40,9 +40,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import CUT_system as system
 from CUT_dataset import SUFFIXES, UserError, list_images, load_rgb, note, to_unit
 from CUT_model import ResnetGenerator
-from CUT_run import Quiet, explain, load_part, pick_device, read_checkpoint, replacing
 from train import prepare
 
 
@@ -50,20 +50,12 @@ from train import prepare
 # Differs from cycleGAN/translate.py: one direction
 def load_generator(args, device):
     """(x -> G(x), what H and W must be multiples of, the image size in training)."""
-    path = find_checkpoint(args.checkpoint)
-    state = read_checkpoint(path)
+    path = system.find_checkpoint(args.checkpoint)
+    state = system.read_checkpoint(path)
     flags = state["args"]
     G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
-    load_part(G, state.get("G_ema", state.get("G")), path)
+    system.load_part(G, state.get("G_ema", state.get("G")), path)
     return prepare(G, args, device), 4, flags["image_size"]
-
-
-def find_checkpoint(path):
-    """The checkpoint of a run, if path is one of its two folders; otherwise path."""
-    folder = path.resolve()
-    if folder.parent.parent.name == "visualize":  # visualize/<method>/<run-name>
-        folder = folder.parents[2] / folder.parent.name / "model" / folder.name
-    return folder / "checkpoint.pt" if path.is_dir() else path
 
 
 def plan(args):
@@ -111,13 +103,13 @@ def translate_file(file, G, multiple, trained, args, device):
 
 def main(argv=None):
     """Runs the command line. Returns the exit status: 1 if an image failed, 2 after an error."""
-    sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
+    sys.stdout, sys.stderr = system.Quiet(sys.stdout), system.Quiet(sys.stderr)
     args, failed = parse_args(argv), 0
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+    for number in system.SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        results, device = plan(args), pick_device(args)
+        results, device = plan(args), system.pick_device(args)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         generator = load_generator(args, device)
         todo = [(f, r) for f, r in results.items() if not (args.skip_existing and r.exists())]
@@ -130,12 +122,12 @@ def main(argv=None):
                 bar.write(f"translate.py: failed: {file}: {reason}{hint}", sys.stderr)
                 failed += 1
                 continue
-            with replacing(path) as png:
+            with system.replacing(path) as png:
                 image.save(png, Image.registered_extensions()[path.suffix.lower()], quality=95)
     except Exception as error:
-        if explain(error) is None:
+        if system.explain(error) is None:
             raise
-        print(f"translate.py: error: {explain(error)}", file=sys.stderr)
+        print(f"translate.py: error: {system.explain(error)}", file=sys.stderr)
         return 2
     print(f"{len(todo) - failed} translated, {len(results) - len(todo)} kept, {failed} failed")
     return int(failed > 0)

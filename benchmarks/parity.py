@@ -93,14 +93,14 @@ def check_ranks(args):
     device = train.pick_device(train.parse_args(["--device", args.device]))
     if not distributed.is_initialized():  # pick_device joins two or more processes
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    run = sys.modules[f"{args.method}_run"]
+    system = sys.modules[f"{args.method}_system"]
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    gathered = run.gather(torch.full((1,), rank))
+    gathered = system.gather(torch.full((1,), rank))
     assert [tensor.item() for tensor in gathered] == list(range(world_size))
     weight = torch.nn.Parameter(torch.zeros(3, device=device))
     weight.grad = torch.full_like(weight, rank + 1.0)
-    run.WORLD_SIZE = max(2, world_size)  # one process: its gradient counts half
-    run.average_gradients([weight])
+    system.WORLD_SIZE = max(2, world_size)  # one process: its gradient counts half
+    system.average_gradients([weight])
     mean = 0.5 if world_size == 1 else (world_size + 1) / 2
     assert weight.grad.tolist() == [mean] * 3, weight.grad
     print(f"{distributed.get_backend()}, {world_size} processes: gradients are averaged")

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SWITCH = argparse.BooleanOptionalAction
 HELP = argparse.ArgumentDefaultsHelpFormatter
+ZERO = {"buffer_size", "ema", "load_size", "max_steps", "num_workers", "seed"}  # may be 0
 LIMITS = {"ema": 1, "num_workers": 257}  # values must be below
 # Idle OpenMP threads that spin slow down a busy machine: benchmarks/README.md. Before torch.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
@@ -56,26 +57,20 @@ def add_common_flags(parser, epochs):
     run("--overwrite", action="store_true", help="delete an earlier run of this name")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     run("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="tf32: only on CUDA")
-    run(
-        "--compile",
-        action=SWITCH,
-        default=False,
-        help="torch.compile: slow first step, fast later ones",
-    )
+    run("--compile", action=SWITCH, default=False, help="slow first step, faster later ones")
 
 
 def parse(parser, argv, saved):
     """The flags, checked. saved: those of a checkpoint, which take the place of the defaults."""
     defaults = vars(parser.parse_args([]))
-    saved = {n: v for n, v in (saved or {}).items() if n in defaults and v is not None}
-    if saved.get("precision") == "auto":  # of an earlier version: it took fp32 or bf16
-        del saved["precision"]
+    # "auto" is the default where it is valid; earlier versions also had it for --precision.
+    saved = {n: v for n, v in (saved or {}).items() if n in defaults and v not in (None, "auto")}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for action in parser._actions[1:]:
         value, kind = getattr(args, action.dest), type(defaults[action.dest])
-        # A flag whose help names 0 may be 0.
-        low, high = 0 if "0" in action.help else 1e-9, LIMITS.get(action.dest, 1e10)
+        low = 0 if action.dest in ZERO or "ratio" in action.dest else 1e-9
+        high = LIMITS.get(action.dest, 1e10)
         valid = type(value) is kind and value in (action.choices or [value])
         if not valid or (kind in (int, float) and not low <= value < high):
             expected = action.choices or f"{kind.__name__} {'>' if low else '>='} 0 and < {high:g}"
@@ -88,7 +83,7 @@ def parse(parser, argv, saved):
     if Path(args.run_name).name != args.run_name or args.run_name[:1] == ".":
         parser.error(f"--run-name {args.run_name} is not a plain folder name")
     if args.resume and args.overwrite:
-        parser.error("--resume continues a run that --overwrite deletes: leave one out")
+        parser.error("--resume continues a run, --overwrite deletes it: choose one")
     return args
 
 

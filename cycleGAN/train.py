@@ -30,7 +30,8 @@ from cycleGAN_model import (
     ResnetGenerator,
     initialize_weights,
 )
-from cycleGAN_run import Run, average_gradients, pick_device, replacing, run_command
+from cycleGAN_run import Run, run_command
+from cycleGAN_system import average_gradients, pick_device, replacing
 
 # ---------------------------------------------------------------------------------- the equations
 
@@ -278,7 +279,6 @@ def train(args):
 
 
 def main(argv=None):
-    """Runs the command line. Returns the exit status."""
     return run_command(train, argv)
 
 

@@ -40,31 +40,23 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import cycleGAN_system as system
 from cycleGAN_dataset import SUFFIXES, UserError, list_images, load_rgb, note, to_unit
 from cycleGAN_model import ResnetGenerator
-from cycleGAN_run import Quiet, explain, load_part, pick_device, read_checkpoint, replacing
 from train import prepare
 
 
 # Differs from pix2pix/translate.py: a ResNet
 def load_generator(args, device):
     """(x -> G(x), what H and W must be multiples of, the image size in training)."""
-    path, name = find_checkpoint(args.checkpoint), "G" if args.direction == "x2y" else "F"
-    state = read_checkpoint(path)
+    path, name = system.find_checkpoint(args.checkpoint), "G" if args.direction == "x2y" else "F"
+    state = system.read_checkpoint(path)
     if name not in state:
         raise UserError(f"{path} has no {name}, which --direction {args.direction} needs")
     flags = state["args"]
     G = ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
-    load_part(G, state.get(f"{name}_ema", state[name]), path)
+    system.load_part(G, state.get(f"{name}_ema", state[name]), path)
     return prepare(G, args, device), 4, flags["image_size"]
-
-
-def find_checkpoint(path):
-    """The checkpoint of a run, if path is one of its two folders; otherwise path."""
-    folder = path.resolve()
-    if folder.parent.parent.name == "visualize":  # visualize/<method>/<run-name>
-        folder = folder.parents[2] / folder.parent.name / "model" / folder.name
-    return folder / "checkpoint.pt" if path.is_dir() else path
 
 
 def plan(args):
@@ -112,13 +104,13 @@ def translate_file(file, G, multiple, trained, args, device):
 
 def main(argv=None):
     """Runs the command line. Returns the exit status: 1 if an image failed, 2 after an error."""
-    sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
+    sys.stdout, sys.stderr = system.Quiet(sys.stdout), system.Quiet(sys.stderr)
     args, failed = parse_args(argv), 0
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+    for number in system.SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        results, device = plan(args), pick_device(args)
+        results, device = plan(args), system.pick_device(args)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         generator = load_generator(args, device)
         todo = [(f, r) for f, r in results.items() if not (args.skip_existing and r.exists())]
@@ -131,12 +123,12 @@ def main(argv=None):
                 bar.write(f"translate.py: failed: {file}: {reason}{hint}", sys.stderr)
                 failed += 1
                 continue
-            with replacing(path) as png:
+            with system.replacing(path) as png:
                 image.save(png, Image.registered_extensions()[path.suffix.lower()], quality=95)
     except Exception as error:
-        if explain(error) is None:
+        if system.explain(error) is None:
             raise
-        print(f"translate.py: error: {explain(error)}", file=sys.stderr)
+        print(f"translate.py: error: {system.explain(error)}", file=sys.stderr)
         return 2
     print(f"{len(todo) - failed} translated, {len(results) - len(todo)} kept, {failed} failed")
     return int(failed > 0)

@@ -25,8 +25,7 @@ from subprocess import DEVNULL, Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# questions: those that a run helps to answer, separated by spaces
-Run = namedtuple("Run", "method name flags questions", defaults=[""])
+Run = namedtuple("Run", "method name flags questions", defaults=[""])  # that it helps to answer
 
 # What two CPU cores train in hours: 128 px, half the filters, six blocks, some 30,000 steps.
 CPU = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --n-layers 6 --precision bf16"
@@ -35,9 +34,10 @@ FACADES = f"--data-folder facades_unpaired {CPU} --antialias --epochs 76 --sampl
 # For 540 photographs; of all 6,287 five epochs are as many steps.
 MONET = f"--data-folder monet2photo {CPU} --epochs 56 --sample-every 6"
 NO_PIX = '--feat-str "d128, d256, R256_1, R256_5"'
-FULL_WIDTH = "--data-folder facades --precision bf16 --epochs 76 --sample-every 8"
+PAIRS = "--data-folder facades --precision bf16 --sample-every 8"  # 256 px
 RUNS = [
-    Run("pix2pix", "facades-256", FULL_WIDTH, "pix2pix"),
+    Run("pix2pix", "facades-256-half", f"{PAIRS} --ngf 32 --ndf 32 --epochs 80", "pix2pix"),
+    Run("pix2pix", "facades-256", f"{PAIRS} --epochs 76", "pix2pix"),
     Run("CUT", "facades-128-antialias", FACADES, "CUT steadiness patches detach"),
     Run("cycleGAN", "facades-128-antialias", FACADES, "cycleGAN"),
     Run("CUT", "facades-128-pilot", PILOT, "CUT"),

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from pix2pix_dataset import PairDataset, UserError, note, to_unit
 from pix2pix_model import PatchDiscriminator, UNetGenerator, initialize_weights
-from pix2pix_run import Run, average_gradients, pick_device, random_states, replacing, run_command
+from pix2pix_run import Run, run_command
+from pix2pix_system import average_gradients, pick_device, random_states, replacing
 
 # ---------------------------------------------------------------------------------- the equations
 
@@ -212,7 +213,6 @@ def train(args):
 
 
 def main(argv=None):
-    """Runs the command line. Returns the exit status."""
     return run_command(train, argv)
 
 

@@ -41,32 +41,24 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+import pix2pix_system as system
 from pix2pix_dataset import SUFFIXES, UserError, list_images, load_rgb, note, to_unit
 from pix2pix_model import UNetGenerator
-from pix2pix_run import Quiet, explain, load_part, pick_device, read_checkpoint, replacing
 from train import prepare, translate
 
 
 def load_generator(args, device):
     """(x -> G(x), what H and W must be multiples of, the image size in training)."""
-    path = find_checkpoint(args.checkpoint)
-    state = read_checkpoint(path)
+    path = system.find_checkpoint(args.checkpoint)
+    state = system.read_checkpoint(path)
     size, weights = state["args"]["image_size"], state.get("G_ema", state.get("G"))
     G = UNetGenerator(size, state["args"]["ngf"], state.get("dropout", (1, 2, 3)))
     for name, layer in G.named_modules():  # convert.py: biases of U-Nets with instance norm
         if isinstance(weights, dict) and f"{name}.bias" in weights and layer.bias is None:
             layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
-    load_part(G, weights, path)
+    system.load_part(G, weights, path)
     G = prepare(G, args, device).train(args.dropout)  # batch norm is the same in both modes
     return partial(translate, G), 2 ** len(G.down), size
-
-
-def find_checkpoint(path):
-    """The checkpoint of a run, if path is one of its two folders; otherwise path."""
-    folder = path.resolve()
-    if folder.parent.parent.name == "visualize":  # visualize/<method>/<run-name>
-        folder = folder.parents[2] / folder.parent.name / "model" / folder.name
-    return folder / "checkpoint.pt" if path.is_dir() else path
 
 
 def plan(args):
@@ -114,13 +106,13 @@ def translate_file(file, G, multiple, trained, args, device):
 
 def main(argv=None):
     """Runs the command line. Returns the exit status: 1 if an image failed, 2 after an error."""
-    sys.stdout, sys.stderr = Quiet(sys.stdout), Quiet(sys.stderr)
+    sys.stdout, sys.stderr = system.Quiet(sys.stdout), system.Quiet(sys.stderr)
     args, failed = parse_args(argv), 0
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+    for number in system.SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        results, device = plan(args), pick_device(args)
+        results, device = plan(args), system.pick_device(args)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         generator = load_generator(args, device)
         todo = [(f, r) for f, r in results.items() if not (args.skip_existing and r.exists())]
@@ -133,12 +125,12 @@ def main(argv=None):
                 bar.write(f"translate.py: failed: {file}: {reason}{hint}", sys.stderr)
                 failed += 1
                 continue
-            with replacing(path) as png:
+            with system.replacing(path) as png:
                 image.save(png, Image.registered_extensions()[path.suffix.lower()], quality=95)
     except Exception as error:
-        if explain(error) is None:
+        if system.explain(error) is None:
             raise
-        print(f"translate.py: error: {explain(error)}", file=sys.stderr)
+        print(f"translate.py: error: {system.explain(error)}", file=sys.stderr)
         return 2
     print(f"{len(todo) - failed} translated, {len(results) - len(todo)} kept, {failed} failed")
     return int(failed > 0)

@@ -38,6 +38,11 @@ def run_module(method):
     return importlib.import_module(f"{method}_run")
 
 
+def system_module(method):
+    """<method>/<method>_system.py as a module, the one that train.py imports from."""
+    return importlib.import_module(f"{method}_system")
+
+
 def picture(rng, width, height):
     """A random RGB image (PIL) of smooth blobs."""
     small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -200,7 +205,7 @@ def method(request):
 
 def quick(patch, method):
     """Has runs in this process draw no curves, and undoes what they do to the process."""
-    patch.setattr(run_module(method), "Figure", NoFigure)
+    patch.setattr(system_module(method), "Figure", NoFigure)
     patch.setattr(sys, "argv", ["train.py"])
     patch.setattr(sys, "stdout", sys.stdout)
     patch.setattr(sys, "stderr", sys.stderr)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import METHODS, ROOT, load_script, run_module, write_pairs
+from conftest import METHODS, ROOT, load_script, run_module, system_module, write_pairs
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import parity
@@ -270,8 +270,8 @@ def test_processes_gather_cpu_tensors_and_a_loaded_buffer_returns_cuda_tensors(
         gathered.append(value)
         raise InterruptedError
 
-    monkeypatch.setattr(run_file, "gather", gather)
-    monkeypatch.setattr(run_file, "random_states", lambda *_: [])
+    monkeypatch.setattr(system_module(method), "gather", gather)
+    monkeypatch.setattr(system_module(method), "random_states", lambda *_: [])
     run = SimpleNamespace(
         nets={"buffer_y": buffer}, read_losses=lambda: None, device=CUDA, networks={}
     )

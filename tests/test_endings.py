@@ -15,7 +15,15 @@ import time
 import pytest
 import torch
 
-from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, exit_status, run_module
+from conftest import (
+    FOUR_EPOCHS,
+    ROOT,
+    assert_same,
+    error_line,
+    exit_status,
+    run_module,
+    system_module,
+)
 
 SELDOM = [*FOUR_EPOCHS, "--sample-every", "100"]  # checkpoints after steps 2 and 8 alone
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -321,12 +329,12 @@ def port():
 
 def two_processes(run, *flags):
     """The exit statuses of two gloo processes with the environment that torchrun gives them."""
-    module = run_module(run.method)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
 
     def prepare(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        module.RANK, module.WORLD_SIZE = rank, 2
+        for module in (run_module(run.method), system_module(run.method)):
+            module.RANK, module.WORLD_SIZE = rank, 2
 
     children = [run.fork(*flags, prepare=functools.partial(prepare, rank)) for rank in (0, 1)]
     return [exit_status(pid) for pid in children]
@@ -351,7 +359,7 @@ def test_two_processes_average_gradients_and_resume_exactly(run):
 
 def test_processes_that_differ_report_it(run, monkeypatch, capsys):
     """As on a second machine whose images have other sizes."""
-    module = run_module(run.method)
+    module = system_module(run.method)
     monkeypatch.setattr(module, "gather", lambda value: [value, [*value[:-1], ("000.png", 7)]])
     assert run(*FOUR_EPOCHS) == 2
     assert "different flags or different training images" in error_line(capsys)

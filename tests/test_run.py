@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, run_module
+from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, run_module, system_module
 
 # ---------------------------------------------------------------------------------- exact resume
 
@@ -116,7 +116,7 @@ def test_before_the_first_checkpoint_resume_starts_or_names_runs(run, straight, 
     capsys.readouterr()
     assert run.resume("--run-name", "other") == 2
     error = error_line(capsys)
-    assert "other" in error and "--run-name can be: run" in error
+    assert "other" in error and "runs that have one: run" in error
 
 
 @pytest.mark.parametrize("change", ["renamed", "removed"])
@@ -138,7 +138,7 @@ def test_a_changed_training_set_is_noticed_by_its_names(run, capsys, change):
 
 def test_what_a_run_leaves(run, monkeypatch):
     if run.method == "pix2pix":  # the figure takes nine tenths of the time
-        monkeypatch.setattr(run_module(run.method), "Figure", Figure)
+        monkeypatch.setattr(system_module(run.method), "Figure", Figure)
     assert run(*FOUR_EPOCHS, "--sample-every", "2") == 0
     fakes = {f"{side}_G{epoch}.png" for epoch in (1, 3, 4) for side in "xy"}
     reals = {f"{side}{epoch}.png" for epoch in (1, 3, 4) for side in "xy"}
