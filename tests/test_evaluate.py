@@ -24,14 +24,8 @@ import prepare
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path_factory):
-    """No weights, no network, no packages that need them."""
-
-    def refuse(*_, **__):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("hub")))
+def offline(monkeypatch):
+    """No packages that need weights, and no notes from the test before."""
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     monkeypatch.setattr(prepare, "NOTED", set())
 
@@ -197,6 +191,12 @@ def test_without_packages_the_table_says_so_and_torch_is_not_needed(tmp_path):
 def test_without_weights_the_table_says_where_they_belong(tmp_path, monkeypatch, damaged):
     pytest.importorskip("torchmetrics")
     pytest.importorskip("torch_fidelity")
+
+    def refuse(*_, **__):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for url in (evaluate.ALEXNET, evaluate.INCEPTION) * damaged:
@@ -372,71 +372,56 @@ def test_correlation_is_of_rec_601_luminance():
     assert evaluate.correlation(a, 0 * b) == 0
 
 
-TRANSLATE = """
-import json, sys
-from pathlib import Path
-import numpy as np
-from PIL import Image
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-source, target = Path(given["--input"]), Path(given["--output"])
-target.mkdir()
-for file in source.iterdir():
-    image = np.asarray(Image.open(file)).astype(int)
-    {body}
-    Image.fromarray(image.astype(np.uint8)).save(target / file.name)
-log = dict(given, script=__file__, images=len(list(source.iterdir())))
-Path(__file__).with_name("log.json").write_text(json.dumps(log))
-"""
+def stand_in(monkeypatch, G, status=0, stderr=""):
+    """Replaces translate.py by G, a function of an image. Its calls: [(command, images), ...]."""
+    calls = []
+
+    def run(command, **_):
+        given = dict(zip(command[2::2], command[3::2], strict=True))
+        given["--output"].mkdir()
+        for file in given["--input"].iterdir():
+            image = G(np.array(Image.open(file), dtype=int)).astype(np.uint8)
+            Image.fromarray(image).save(given["--output"] / file.name)
+        calls.append((command, len([*given["--output"].iterdir()])))
+        return subprocess.CompletedProcess(command, status, stderr=stderr)
+
+    monkeypatch.setattr(evaluate.subprocess, "run", run)
+    return calls
 
 
-@pytest.fixture
-def translator(tmp_path, monkeypatch):
-    """translator(body) writes translate.py for CUT and cycleGAN, and a checkpoint for each."""
-    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
-
-    def make(body):
-        for method in ("CUT", "cycleGAN"):
-            (tmp_path / method / "model" / "first").mkdir(parents=True)
-            (tmp_path / method / "model" / "first" / "checkpoint.pt").touch()
-            (tmp_path / "visualize" / method / "first").mkdir(parents=True)
-            (tmp_path / method / "translate.py").write_text(TRANSLATE.replace("{body}", body))
-        return tmp_path / "CUT" / "model" / "first" / "checkpoint.pt"
-
-    return make
-
-
-def test_shift_psnr_by_hand(translator, tmp_path):
+def test_shift_psnr_by_hand(monkeypatch, tmp_path):
     """G darkens every other column: shifted by an odd number to the right it is off by 20."""
-    checkpoint = translator("image[:, ::2] -= 20")
-    a = write(tmp_path / "a", blobs(9, 32, 32))
-    report = run(tmp_path, a, a, "--input", a, "--checkpoint", checkpoint)
+    stand_in(monkeypatch, lambda image: image - 20 * (np.arange(64) % 2 == 0)[:, None])
+    a, x = write(tmp_path / "a", blobs(5)), write(tmp_path / "x", blobs(5, 96, 96))
+    report = run(tmp_path, a, a, "--input", x, "--checkpoint", "CUT/model/first/checkpoint.pt")
     found = report["stripes"]
-    assert found["shift_psnr_1"] == pytest.approx(20 * math.log10(255 / 20))
-    assert found["shift_psnr_3"] == found["shift_psnr"] == found["shift_psnr_1"]
+    for key in ("shift_psnr", "shift_psnr_1", "shift_psnr_3"):
+        assert found[key] == pytest.approx(20 * math.log10(255 / 20))
     assert found["shift_psnr_2"] is None  # JSON has no infinity
     assert "  shift_psnr_2       infinite: all are equal" in report["table"]
-    log = json.loads((tmp_path / "CUT" / "log.json").read_text())
-    assert log["images"] == 8 * 7 and log["--checkpoint"] == str(checkpoint)
 
 
 @pytest.mark.parametrize("place", ["cycleGAN/model/first", "visualize/cycleGAN/first", "other.pt"])
-def test_shift_psnr_finds_the_method_and_the_run(translator, tmp_path, place):
-    translator("assert image.shape == (64, 64, 3)")
-    (tmp_path / "other.pt").touch()
-    a, x = write(tmp_path / "a", blobs(2)), write(tmp_path / "x", blobs(2, 128, 128))
-    flags = ["--input", x, "--checkpoint", tmp_path / place, "--direction", "y2x"]
-    run(tmp_path, a, a, *flags, *["--method", "cycleGAN"] * (place == "other.pt"))
-    log = json.loads((tmp_path / "cycleGAN" / "log.json").read_text())
-    assert log["--checkpoint"] == str(tmp_path / place) and log["--direction"] == "y2x"
+def test_shift_psnr_finds_the_method_and_the_run(monkeypatch, tmp_path, capsys, place):
+    calls, a = stand_in(monkeypatch, lambda image: image), write(tmp_path / "a", blobs(9))
+    argv = [a, a, "--input", a, "--checkpoint", tmp_path / place, "--direction", "y2x"]
+    if place == "other.pt":
+        assert "--method" in refused(capsys, *argv)
+        argv += ["--method", "cycleGAN"]
+    run(tmp_path, *argv)
+    [((_, script, _, checkpoint, *_, flag, direction), images)] = calls
+    assert (
+        images == 8 * 7
+    )  # eight of the nine, still and shifted by 1 to 3 pixels in two directions
+    assert (script, checkpoint) == (ROOT / "cycleGAN" / "translate.py", tmp_path / place)
+    assert (flag, direction) == ("--direction", "y2x")
 
 
-def test_shift_psnr_refuses(translator, tmp_path, capsys):
-    checkpoint = translator("sys.exit('note\\ntranslate.py: error: the checkpoint is damaged')")
+def test_shift_psnr_says_why_translate_failed(monkeypatch, tmp_path, capsys):
+    stand_in(monkeypatch, lambda image: image, 2, "note\ntranslate.py: error: it is damaged\n")
     a = write(tmp_path / "a", blobs(2))
-    error = refused(capsys, a, a, "--input", a, "--checkpoint", checkpoint)
-    assert error.endswith("CUT/translate.py failed: translate.py: error: the checkpoint is damaged")
-    (tmp_path / "other.pt").touch()
-    assert "--method" in refused(capsys, a, a, "--input", a, "--checkpoint", tmp_path / "other.pt")
+    error = refused(capsys, a, a, "--input", a, "--checkpoint", "CUT/model/first")
+    assert error.endswith("CUT/translate.py failed: translate.py: error: it is damaged")
 
 
 # The command
