@@ -24,8 +24,14 @@ import prepare
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """No packages that need weights, and no notes from the test before."""
+def offline(monkeypatch, tmp_path):
+    """No weights, no network, no packages that need them; no notes from the test before."""
+
+    def refuse(*_, **__):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     monkeypatch.setattr(prepare, "NOTED", set())
 
@@ -191,12 +197,6 @@ def test_without_packages_the_table_says_so_and_torch_is_not_needed(tmp_path):
 def test_without_weights_the_table_says_where_they_belong(tmp_path, monkeypatch, damaged):
     pytest.importorskip("torchmetrics")
     pytest.importorskip("torch_fidelity")
-
-    def refuse(*_, **__):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for url in (evaluate.ALEXNET, evaluate.INCEPTION) * damaged:

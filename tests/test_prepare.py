@@ -45,14 +45,17 @@ def folders(tmp_path):
 @pytest.fixture
 def pair_set(tmp_path):
     """datasets/pairs with nine training, four val and three test pairs: y blue, x not."""
-    count = iter(range(1, 99))
-    for split, size in (("train", 9), ("val", 4), ("test", 3)):
-        folder = tmp_path / "data" / "pairs" / split
-        folder.mkdir(parents=True)
-        for number in (next(count) for _ in range(size)):
+    folder = tmp_path / "data" / "pairs"
+    for split, numbers in (
+        ("train", range(1, 10)),
+        ("val", range(10, 14)),
+        ("test", range(14, 17)),
+    ):
+        (folder / split).mkdir(parents=True)
+        for number in numbers:
             pair = np.hstack([image(number, low=255), image(number)])
-            Image.fromarray(pair).save(folder / f"{number}.png")
-    return tmp_path / "data" / "pairs"
+            Image.fromarray(pair).save(folder / split / f"{number}.png")
+    return folder
 
 
 def run(tmp_path, *words):
@@ -62,16 +65,14 @@ def run(tmp_path, *words):
 
 
 def error_of(capsys, tmp_path, *words):
-    """The one-line error of a call that leaves nothing new in the data root."""
-    root = tmp_path / "data"
-    before = tree(root) if root.exists() else {}
+    """The one-line error of a call that leaves the data root as it was."""
+    before = tree(tmp_path / "data")
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run(tmp_path, *words)
     error = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and error.startswith("prepare.py: error: ")
-    assert (tree(root) if root.exists() else {}) == before
-    assert not list(root.glob(".*"))
+    assert tree(tmp_path / "data") == before and not [*tmp_path.glob("data/.*")]
     return error
 
 
@@ -169,8 +170,7 @@ def test_pairs_of_equal_names_go_by_their_sub_folders(tmp_path):
     save(tmp_path / "x", ["a/1.png", "b/1.png"])
     save(tmp_path / "y", ["b/1.bmp"], low=255)
     new = run(tmp_path, "pairs", tmp_path / "x", tmp_path / "y", "mine") / "mine/train"
-    assert names_in(new) == ["b-1.png"]
-    assert pixels(new / "b-1.png")[0, 16, 0] == 2  # x is the second image, b/1.png
+    assert names_in(new) == ["b-1.png"] and pixels(new / "b-1.png")[0, 16, 0] == 2  # b/1.png
 
 
 def test_pairs_apply_the_rotation_and_resize_x_to_y(tmp_path, capfd):
@@ -232,14 +232,9 @@ def test_an_existing_dataset_is_replaced_only_with_overwrite(folders, tmp_path, 
     (new / "thesis.txt").write_text("dear")
     error = error_of(capsys, tmp_path, "unpaired", *folders, "mine", "--overwrite")
     assert "thesis.txt" in error
-
-
-@pytest.mark.parametrize("place", ["mine", "mine/train/x"])
-def test_a_source_is_never_replaced(folders, tmp_path, capsys, place):
-    run(tmp_path, "unpaired", *folders, "mine")
-    source = tmp_path / "data" / place
-    words = ["unpaired", source, folders[1], "mine", "--overwrite"]
-    assert "overlap" in error_of(capsys, tmp_path, *words)
+    for source in (new, new / "train", new.parent):  # a source is never replaced
+        words = ["unpaired", source, folders[1], "mine", "--overwrite"]
+        assert "overlap" in error_of(capsys, tmp_path, *words)
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, OSError(28, "disk full")])
