@@ -178,9 +178,9 @@ def read_generator(path, state, direction):
     if state.get("method") not in ("pix2pix", "cycleGAN", "CUT"):
         raise UserError(f"{path} is not a checkpoint; convert it to one first: OUT.pt")
     method, name = state["method"], "F" if direction == "y2x" else "G"
-    model, run = import_part(method, "model"), import_part(method, "run")
+    model, system = import_part(method, "model"), import_part(method, "system")
     try:
-        state = run.read_checkpoint(path)
+        state = system.read_checkpoint(path)
         flags, weights = state["args"], state.get(f"{name}_ema", state.get(name))
         if not isinstance(weights, dict):
             raise UserError(f"{path} has no {name}")
@@ -191,8 +191,8 @@ def read_generator(path, state, direction):
                     layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
         else:
             G = model.ResnetGenerator(flags["n_layers"], flags["ngf"], flags["antialias"])
-        run.load_part(G, weights, path)
-    except run.UserError as error:
+        system.load_part(G, weights, path)
+    except system.UserError as error:
         raise UserError(str(error)) from None
     return G.eval(), flags["image_size"] if method == "pix2pix" else 4
 
