@@ -74,7 +74,7 @@ def load_rgb(path):
 
 def augmentation(args, training):
     """PIL images to uint8 tensors (3, image_size, image_size). One call has one crop and one flip;
-    without `training`, the crop is at the centre and there is no flip.
+    without `training`, the crop is at the center and there is no flip.
     """
     jitter = training and args.jitter
     size = args.load_size if jitter else args.image_size

@@ -150,7 +150,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class ImageBuffer:
-    """The last `size` generated images, for D to learn from (section 4; Shrivastava et al. 2017).
+    """A pool of `size` generated images for D to learn from (Zhu et al. 2017, section 4).
 
     buffer(images): (N, 3, H, W) -> (N, 3, H, W). Each image is returned itself or, with probability
     1/2, exchanged for a random one from the buffer. Until the buffer is full it stores all images

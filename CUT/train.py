@@ -13,7 +13,7 @@ from pathlib import Path
 from CUT_flags import parse_args
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistyped flags are answered here, before torch takes its seconds
+    parse_args()  # --help and flag errors exit here, before the slow import of torch
 
 import torch
 from PIL import Image
@@ -117,8 +117,7 @@ def together(net, *images):
 
 def descend(loss, *optimizers):
     """One step of each optimizer. Only their parameters receive gradients."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = [p for group in groups for p in group["params"]]
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward(inputs=parameters)
@@ -222,11 +221,8 @@ def layout_error(args, expected, hint):
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
         where, found = f"no folder {folder}; {args.data_root} contains", sets
-        hint = "python datasets/prepare.py lays out your own images, make_toy.py generates some"
+        hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
-        download = Path(__file__).parents[1] / "datasets" / "download.py"
-        if download.is_file() and f'"{name}": (' in download.read_text():  # a key of its DATASETS
-            near, hint = [], f"python datasets/download.py {name} downloads it"
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"
     return UserError(f"{where} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
 

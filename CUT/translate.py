@@ -27,11 +27,11 @@ def parse_args(argv=None):
     flag("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="on GPUs [fp32]")
     parser.set_defaults(compile=False)
     args = parser.parse_args(argv)
-    return args if args.size >= 0 else parser.error(f"--size {args.size} must be positive")
+    return args if args.size >= 0 else parser.error(f"--size {args.size}: expected 0 or more")
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistyped flags are answered here, before torch takes its seconds
+    parse_args()  # --help and flag errors exit here, before the slow import of torch
 
 import signal
 
@@ -129,7 +129,7 @@ def main(argv=None):
             raise
         print(f"translate.py: error: {system.explain(error)}", file=sys.stderr)
         return 2
-    print(f"{len(todo) - failed} translated, {len(results) - len(todo)} kept, {failed} failed")
+    print(f"{len(todo) - failed} translated, {len(results) - len(todo)} skipped, {failed} failed")
     return int(failed > 0)
 
 

@@ -6,7 +6,7 @@ and CUT (https://arxiv.org/abs/2007.15651), from their authors' server.
     python datasets/download.py --list
     python datasets/download.py facades
 
-A broken download is kept in a .part file, and the same command resumes it. A dataset appears under
+An interrupted download stays in a .part file; the same command resumes it. A dataset appears under
 its name only when it is complete.
 """
 

@@ -77,7 +77,7 @@ def load_rgb(path):
 
 def augmentation(args, training):
     """PIL images to uint8 tensors (3, image_size, image_size). One call has one crop and one flip;
-    without `training`, the crop is at the centre and there is no flip.
+    without `training`, the crop is at the center and there is no flip.
     """
     jitter = training and args.jitter
     size = args.load_size if jitter else args.image_size
@@ -106,7 +106,7 @@ def epoch_batches(length, batch_size, seed, epoch, rank=0, world_size=1):
 class PairDataset(torch.utils.data.Dataset):
     """dataset[epoch, index] -> (x, y), each (3, image_size, image_size), uint8, cropped alike.
 
-    What is random depends on seed, epoch and index alone, so any number of workers gives the same.
+    All randomness depends on seed, epoch and index only, not on the number of workers.
     """
 
     def __init__(self, args, split, training):

@@ -243,10 +243,10 @@ class Run:
                 system.load_part(part, {**state, **ranks[RANK]}.get(name), path)
             system.random_states(self.device, ranks[RANK]["random"])
             types = [type(found[name]) is type(value) for name, value in progress.items()]
-            counts = found["epoch"] > 0 <= found["step"] and found["batch"] >= 0
+            counts = found["epoch"] >= 1 and found["step"] >= 0 and found["batch"] >= 0
             inside = found["batch"] < self.epoch_steps or found["files"] != files
             for row in (*found["rows"], found["sums"]):
-                sum(row.values())  # an error, unless they are numbers
+                sum(row.values())  # raises an error unless all are numbers
             if not (all(types) and counts and inside):
                 raise ValueError("its progress is damaged")
         except Exception as error:  # damaged input may raise anything

@@ -27,8 +27,8 @@ RANK = int(os.environ.get("RANK", 0))  # this process's number among those of to
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 # What a resumed run may change.
-FREE = "data_root output_root run_name epochs max_steps num_workers device sample_every save_model"
-FREE = {*FREE.split(), "resume", "overwrite", "compile", "precision"}
+FREE = {"data_root", "output_root", "run_name", "epochs", "max_steps", "num_workers", "device"}
+FREE |= {"sample_every", "save_model", "resume", "overwrite", "compile", "precision"}
 
 # ------------------------------------------------------------------------------ device, processes
 
@@ -82,8 +82,8 @@ def average_gradients(parameters):
         vector_to_parameters(flat / WORLD_SIZE, gradients)
 
 
-# At exit, Python would wait for ever for loading processes, which ignore SIGTERM. Without this
-# process they end by themselves.
+# At exit, Python would wait forever for loader workers, which ignore SIGTERM. They exit by
+# themselves once this process is gone.
 atexit.register(multiprocessing.process._children.clear)
 
 
@@ -174,7 +174,7 @@ def read_checkpoint(path):
         if not (isinstance(state, dict) and isinstance(state.get("args"), dict)):
             raise ValueError("it contains weights, but is not a checkpoint")
         if (method := state.get("method")) != METHOD:
-            raise ValueError(f"it is a checkpoint of {method}: use {method}/translate.py")
+            raise ValueError(f"it is a checkpoint of {method}, not of {METHOD}")
     except Exception as error:  # a foreign file may raise anything
         reason = "it contains Python objects" if "weights_only" in str(error) else one_line(error)
         hint = "expected what train.py --save-model or convert.py writes"
@@ -208,7 +208,7 @@ def adopt_flags(args, argv):
     """The flags of a resumed run: the checkpoint's, except those typed now that may change."""
     folder, path = folders(args)
     if not path.exists() and (folder / "losses.csv").exists():
-        raise UserError(f"run {args.run_name} was not saved: --overwrite or another --run-name")
+        raise UserError(f"run {args.run_name} has no checkpoint: --overwrite or a new --run-name")
     if not path.exists() and args.save_model:
         print("no checkpoint yet: the run starts from the beginning")
         return args
@@ -258,7 +258,7 @@ def explain(error):
     if isinstance(error, MemoryError) or "out of memory" in text:
         return "out of memory: use a smaller --batch-size, --image-size or --ngf"
     if "dataloader worker (pid" in text:
-        return "a loading process ended unexpectedly; --num-workers 0 needs none"
-    if isinstance(error, UserError | OSError) or distributed.is_initialized():
+        return "a data loader worker died; --num-workers 0 loads without workers"
+    if isinstance(error, UserError | OSError) or "gloo" in text or "nccl" in text:
         return one_line(error).split("UserError: ")[-1]  # a loading process adds a traceback
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from pix2pix_flags import parse_args
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistyped flags are answered here, before torch takes its seconds
+    parse_args()  # --help and flag errors exit here, before the slow import of torch
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
@@ -37,7 +37,7 @@ def losses_D(D, x, y, fake_y):
     """What D minimizes, D_total, and its terms. x, y, fake_y = G(x): (N, 3, H, W)."""
     D_real = gan_loss(D(x, y), True)  # Eq. 1: log D(x, y)
     D_fake = gan_loss(D(x, fake_y), False)  # Eq. 1: log(1 - D(x, G(x)))
-    total = (D_real + D_fake) / 2  # half, so that D learns more slowly than G: section 3.3
+    total = (D_real + D_fake) / 2  # section 3.3: to slow D down; Adam hardly sees the factor
     return {"D_total": total, "D_real": D_real, "D_fake": D_fake}
 
 
@@ -64,8 +64,7 @@ def training_step(nets, x, y, args):
 
 def descend(loss, *optimizers):
     """One step of each optimizer. Only their parameters receive gradients."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = [p for group in groups for p in group["params"]]
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward(inputs=parameters)
@@ -150,11 +149,8 @@ def layout_error(args, expected, hint):
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
         where, found = f"no folder {folder}; {args.data_root} contains", sets
-        hint = "python datasets/prepare.py lays out your own images, make_toy.py generates some"
+        hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
-        download = Path(__file__).parents[1] / "datasets" / "download.py"
-        if download.is_file() and f'"{name}": (' in download.read_text():  # a key of its DATASETS
-            near, hint = [], f"python datasets/download.py {name} downloads it"
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"
     return UserError(f"{where} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
 
@@ -173,14 +169,14 @@ def translate(G, x):
 
 def sample(nets, test_set, folder, epoch, device):
     """Writes grids of the first eight test images. Returns test_l1, the mean |G(x) - y| of all."""
-    grids, l1 = {"x": [], "y": [], "y_G": []}, 0.0
+    shown, l1 = [], 0.0
     for index in tqdm(range(len(test_set)), desc="test", unit="img", leave=False):
         x, y = (to_unit(half[None].to(device)) for half in test_set[0, index])
         fake_y = translate(nets.get("G_ema", nets["G"]), x)
         l1 += l1_loss(fake_y, y).item() / len(test_set)
-        for images, image in zip(grids.values(), (x, y, fake_y) if index < 8 else (), strict=False):
-            images.append(image)
-    for name, images in grids.items():
+        if index < 8:
+            shown.append((x, y, fake_y))
+    for name, images in zip(("x", "y", "y_G"), zip(*shown, strict=True), strict=True):
         save_grid(images, folder / f"{name}{epoch}.png")
     return {"test_l1": l1}
 
