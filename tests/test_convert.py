@@ -210,6 +210,12 @@ def test_a_missing_folder_and_an_existing_output(tmp_path, monkeypatch, capsys):
     assert "exists" in error_line(capsys) and (tmp_path / "G.pt").read_bytes() == b"mine"
 
 
+def test_a_mistyped_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        convert.main(["G.pth", "G.pt", "--methd", "CUT"])
+    assert end.value.code == 2 and "--methd" in error_line(capsys)
+
+
 # ------------------------------------------------------------------------------------------- ONNX
 
 
