@@ -5,9 +5,9 @@
     python convert.py pix2pix/model/facades/checkpoint.pt facades.onnx      # checkpoint to ONNX
 
 FILE.pth is a *_net_G*.pth of the authors' PyTorch code: a U-Net becomes a checkpoint of pix2pix, a
-ResNet one of cycleGAN or CUT, for translate.py. The architecture is read off the shapes. A file
-does not tell whether its U-Net was trained with dropout: it is assumed, and translate.py
---no-dropout is for those without. A file has one direction, so the checkpoint has G and no F.
+ResNet one of cycleGAN or CUT, for translate.py. The architecture is inferred from the shapes.
+The file does not record dropout: it is assumed; for a U-Net trained without, use translate.py
+--no-dropout. A file holds one generator, so the checkpoint has G and no F.
 
 An ONNX model maps x to y, (1, 3, height, width) in [-1, 1], RGB, with free height and width. It has
 no dropout. It needs pip install onnx onnxruntime onnxscript.

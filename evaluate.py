@@ -1,4 +1,4 @@
-"""Compare two folders of images in numbers: what a generator made, and what it should look like.
+"""Measure generated images against real ones: L1, PSNR, SSIM, LPIPS, FID, KID, SWD, stripes.
 
     python evaluate.py results/facades datasets/facades_unpaired/test/y --paired
     python evaluate.py results/monet datasets/monet2photo/testA \\
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "datasets"))
-from prepare import SUFFIXES, UserError, load_rgb, note  # noqa: E402
+from images import UserError, list_images, load_rgb  # noqa: E402
 
 METHODS = ("pix2pix", "cycleGAN", "CUT")
 ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -40,16 +40,6 @@ NOTES = {
     "stripes": "dB more than REFERENCE at periods of 2 and 4 px; shift-PSNR: higher is better",
     "change": "L1 of G(x) - x in [-1, 1]; correlation of luminance, below 0 where inverted",
 }
-
-
-def list_images(folder):
-    """The image files directly in `folder` (a Path), sorted by name. Notes what it skips."""
-    files = sorted(f for f in folder.iterdir() if f.name[0] != ".") if folder.is_dir() else []
-    images = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
-    if images and len(images) < len(files):
-        skipped = sorted(set(files) - set(images))
-        note(folder, f"skipped in {folder}: {len(skipped)}, such as {skipped[0].name}")
-    return images
 
 
 def parse_args(argv=None):

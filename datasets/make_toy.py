@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-from prepare import replacing
+from images import replacing
 
 LABELS = """
     sky #000096, wall #003cff, window #00b4ff, door #00ffe6, sill #5aff96, balcony #b4ff3c,

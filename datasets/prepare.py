@@ -8,70 +8,18 @@ Folders are read at any depth and never changed. NAME appears only when it is co
 """
 
 import argparse
-import io
 import shlex
 import shutil
-import sys
-import tempfile
-from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 from tqdm import tqdm
 
+from images import SUFFIXES, UserError, load_rgb, note, replacing
+
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF to Image.Transpose
-NOTED = set()
-
-
-class UserError(Exception):
-    """A problem that the user can fix. One line: what was found, what was expected, what to do."""
-
-
-def note(kind, message):
-    """Prints a warning about the data, one of each kind."""
-    if kind not in NOTED:
-        NOTED.add(kind)
-        print(f"note: {message}", file=sys.stderr, flush=True)
-
-
-def load_rgb(path):
-    """Any image as 8-bit RGB (PIL), upright, in sRGB. 16 bits are scaled, transparency is white.
-
-    Metadata never prevents reading the pixels. UserError, naming the file, if they are unreadable.
-    """
-    try:
-        with Image.open(path) as file:
-            image = file.copy()
-            with suppress(Exception):  # a format without frames, or one with damaged later frames
-                if file.n_frames > 1:
-                    note("frames", f"{path}: only the first of its {file.n_frames} frames is read")
-            with suppress(Exception):  # no orientation, or an odd one: the image stays as it is
-                image = image.transpose(UPRIGHT[image.getexif()[0x0112]])
-            profile = image.info.get("icc_profile") or b"sRGB"
-            if image.mode == "F":
-                raise ValueError("floating-point pixels; save it with 8 or 16 bits per channel")
-            if image.mode[0] == "I":  # 16 bits: 65535 is white
-                levels = np.asarray(image).astype(np.int64)
-                low, high = levels.min(), levels.max()
-                if low < 0 or high > 65535 or high < 8192:
-                    note("levels", f"{path} has levels {low} to {high}; rescale them to 0 to 65535")
-                levels[levels == image.info.get("transparency")] = 65535
-                image = Image.fromarray(((levels.clip(0, 65535) + 128) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
-            if b"sRGB" not in profile:
-                with suppress(Exception):  # a damaged profile: the levels count as sRGB
-                    source, srgb = io.BytesIO(profile), ImageCms.createProfile("sRGB")
-                    image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-            return image.convert("RGB")
-    except Exception as error:  # a decoder may raise anything
-        raise UserError(f"cannot read {path}: {error}; replace or remove it") from None
 
 
 def load(path):
@@ -121,9 +69,6 @@ def hold_out(names, args, side=""):
     return dict.fromkeys(order[:count], "test") | dict.fromkeys(order[count:], "train")
 
 
-# The commands: each yields (path in the dataset, an image or the file to copy).
-
-
 def unpaired(args):
     """Copy two folders, the files as they are; DIR_X becomes x, the input. For CUT, cycleGAN."""
     for side, names in zip("xy", name_images(*args.sources), strict=True):
@@ -168,7 +113,7 @@ def split(args):
 
 
 def build(args, folder):
-    """Write the dataset into a new folder, and print how many images it has."""
+    """Write what the command yields, (path in the dataset, image or file to copy), into folder."""
     command = {"unpaired": unpaired, "pairs": pairs, "split": split}[args.command]
     for path, image in tqdm(command(args), unit=" images", disable=None):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -181,21 +126,6 @@ def build(args, folder):
             raise UserError(f"no usable image for {args.name}/{part}; nothing was written")
     for part in sorted({file.parent for file in folder.rglob("*.*")}):
         print(f"{args.target / part.relative_to(folder)}: {len(list(part.iterdir()))} images")
-
-
-@contextmanager
-def replacing(*targets):
-    """Yields a folder next to the targets. What the block writes there, under their names, replaces
-    them at its end; nothing is left of a block that fails.
-    """
-    parent = targets[0].parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=parent) as aside:
-        yield Path(aside)
-        for target in targets:
-            if target.exists():
-                target.rename(Path(aside, f"old {target.name}"))
-            Path(aside, target.name).rename(target)
 
 
 def parse_args(argv=None):

@@ -11,7 +11,7 @@ directly above it in the newer folder, one line for each older copy that is diff
     # Differs from cycleGAN/cycleGAN_model.py: <reason>
 
 Tools outside the method folders copy the names in SHARED from pix2pix, without any difference, or
-import them from datasets/prepare.py.
+import them from datasets/images.py.
 """
 
 import argparse

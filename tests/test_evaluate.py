@@ -20,7 +20,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT))
 import evaluate
 
-import prepare
+import images
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
-    monkeypatch.setattr(prepare, "NOTED", set())
+    monkeypatch.setattr(images, "NOTED", set())
 
 
 def write(folder, images, names=None):

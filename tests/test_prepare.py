@@ -12,6 +12,7 @@ from PIL import Image
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "datasets"))
+import images
 import prepare
 
 
@@ -59,7 +60,7 @@ def pair_set(tmp_path):
 
 
 def run(tmp_path, *words):
-    prepare.NOTED.clear()
+    images.NOTED.clear()
     prepare.main([*map(str, words), "--data-root", str(tmp_path / "data")])
     return tmp_path / "data"
 
@@ -279,9 +280,9 @@ def test_bad_input_is_one_line(folders, tmp_path, capsys, monkeypatch, words, ex
 
 def test_the_last_line_is_the_next_command_and_torch_is_not_needed(folders, tmp_path):
     for command, method in (("unpaired", "CUT"), ("pairs", "pix2pix")):
-        code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['prepare.py', \
+        code = f"import sys; sys.modules['torch'] = None; sys.argv = ['prepare.py', \
 {command!r}, {str(folders[0])!r}, {str(folders[1])!r}, {command!r}, '--data-root', 'my data']; \
-runpy.run_path({prepare.__file__!r}, run_name='__main__')"
+sys.path.insert(0, {str(ROOT / 'datasets')!r}); import prepare; prepare.main()"
         call = [sys.executable, "-c", code]
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
         script = ROOT / method / "train.py"
