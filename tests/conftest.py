@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait let other programs run
@@ -17,7 +18,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = [name for name in ("pix2pix", "cycleGAN", "CUT") if (ROOT / name / "train.py").exists()]
-sys.path[:0] = [str(ROOT / name) for name in METHODS]
+TOOLS = ["", "datasets", "visualize", "experiments", "benchmarks"]
+sys.path[:0] = [str(ROOT / name) for name in METHODS + TOOLS]
 torch.set_num_threads(1)  # the tests' networks are too small for more
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
@@ -33,9 +35,14 @@ def load_script(method, script="train"):
     return sys.modules[name]
 
 
-def run_module(method):
-    """<method>/<method>_run.py as a module, the one that train.py imports from."""
-    return importlib.import_module(f"{method}_run")
+def patch_run(patch, method, **values):
+    """Replaces names in <method>_run.py and <method>_system.py, wherever they are."""
+    modules = [importlib.import_module(f"{method}_{part}") for part in ("run", "system")]
+    for name, value in values.items():
+        places = [module for module in modules if hasattr(module, name)]
+        assert places, name
+        for module in places:
+            patch.setattr(module, name, value)
 
 
 def system_module(method):
@@ -203,30 +210,35 @@ def method(request):
     return request.param
 
 
-def quick(patch, method):
-    """Has runs in this process draw no curves, and undoes what they do to the process."""
-    patch.setattr(system_module(method), "Figure", NoFigure)
-    patch.setattr(sys, "argv", ["train.py"])
-    patch.setattr(sys, "stdout", sys.stdout)
-    patch.setattr(sys, "stderr", sys.stderr)
+# For what *_run.py and *_system.py do alone: test_check_copies.py has them equal in all folders.
+one_method = pytest.mark.parametrize("method", METHODS[:1], scope="module")
+
+
+@contextmanager
+def commands_here(*methods):
+    """Has commands run in this process, without curves, and undoes what they do to it."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.MonkeyPatch.context() as patch:
+        for method in methods:
+            patch_run(patch, method, Figure=NoFigure)
+        for name, value in (("argv", ["train.py"]), ("stdout", sys.stdout), ("stderr", sys.stderr)):
+            patch.setattr(sys, name, value)
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
-def run(method, tmp_path, monkeypatch):
+def run(method, tmp_path):
     """A SmallRun that has not started."""
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(name) for name in names]
-    quick(monkeypatch, method)
-    yield SmallRun(method, tmp_path)
-    for name, handler in zip(names, handlers, strict=True):
-        signal.signal(name, handler)
+    with commands_here(method):
+        yield SmallRun(method, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def straight(method, tmp_path_factory):
     """The traces of FOUR_EPOCHS that nothing interrupts."""
-    with pytest.MonkeyPatch.context() as patch:
-        quick(patch, method)
+    with commands_here(method):
         run = SmallRun(method, tmp_path_factory.mktemp(method))
         assert run(*FOUR_EPOCHS) == 0
     traces = run.traces()

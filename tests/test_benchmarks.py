@@ -13,13 +13,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
-from conftest import METHODS, ROOT, load_script, run_module, system_module, write_pairs
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import parity
 import plain
 import step_time
+from conftest import METHODS, ROOT, load_script, patch_run, write_pairs
 
 CUDA = torch.device("cuda:0")
 SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4"]
@@ -191,7 +190,7 @@ def test_the_gpu_is_selected_and_tf32_set(method, name, precision, index, monkey
 @each_method
 @pytest.mark.parametrize("kind, pinned", [("cpu", False), ("cuda", True), ("mps", False)])
 def test_copies_are_asynchronous_from_pinned_memory_to_cuda_only(method, kind, pinned, monkeypatch):
-    run_file, copies = run_module(method), []
+    train, copies = load_script(method), []
 
     class Images:
         def to(self, device, non_blocking=False):
@@ -208,11 +207,11 @@ def test_copies_are_asynchronous_from_pinned_memory_to_cuda_only(method, kind, p
         def __iter__(self):
             yield Images(), Images()
 
-    monkeypatch.setattr(run_file, "DataLoader", Loader)
-    args, data = load_script(method).parse_args([]), torch.nn.ParameterList([torch.zeros(1)])
+    patch_run(monkeypatch, method, DataLoader=Loader)
+    args, data = train.parse_args([]), torch.nn.ParameterList([torch.zeros(1)])
     data.files = []
-    run = run_file.Run(args, {}, data, torch.device(kind))
-    run.bar = run_file.tqdm(total=1, leave=False)
+    run = train.Run(args, {}, data, torch.device(kind))
+    run.bar = tqdm(total=1, leave=False)
     assert run.loader.pin_memory == pinned
     assert len(next(run.batches())) == 2
     assert copies == [(kind, pinned)] * 2
@@ -262,7 +261,7 @@ def test_image_buffers_survive_a_checkpoint(method, tmp_path):
 def test_processes_gather_cpu_tensors_and_a_loaded_buffer_returns_cuda_tensors(
     method, monkeypatch, fake_cuda
 ):
-    run_file, train, gathered = run_module(method), load_script(method), []
+    train, gathered = load_script(method), []
     buffer = train.ImageBuffer(1)
     buffer(torch.rand(1, 3, 4, 4, device=CUDA))
 
@@ -270,13 +269,12 @@ def test_processes_gather_cpu_tensors_and_a_loaded_buffer_returns_cuda_tensors(
         gathered.append(value)
         raise InterruptedError
 
-    monkeypatch.setattr(system_module(method), "gather", gather)
-    monkeypatch.setattr(system_module(method), "random_states", lambda *_: [])
+    patch_run(monkeypatch, method, gather=gather, random_states=lambda *_: [])
     run = SimpleNamespace(
         nets={"buffer_y": buffer}, read_losses=lambda: None, device=CUDA, networks={}
     )
     with pytest.raises(InterruptedError):
-        run_file.Run.save(run)
+        train.Run.save(run)
     (image,) = [t for t in tree_leaves(gathered) if isinstance(t, torch.Tensor)]
     assert image.device.type == "cpu"
     loaded = train.ImageBuffer(1)

@@ -15,15 +15,7 @@ import time
 import pytest
 import torch
 
-from conftest import (
-    FOUR_EPOCHS,
-    ROOT,
-    assert_same,
-    error_line,
-    exit_status,
-    run_module,
-    system_module,
-)
+from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, exit_status, one_method, patch_run
 
 SELDOM = [*FOUR_EPOCHS, "--sample-every", "100"]  # checkpoints after steps 2 and 8 alone
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -54,6 +46,7 @@ def test_a_signal_saves_and_says_how_to_continue(run, straight, at_step, capsys,
     assert_same(run.traces(), straight)
 
 
+@one_method
 def test_a_hangup_that_nohup_ignores_changes_nothing(run, straight, at_step):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(3, lambda *_: os.kill(os.getpid(), signal.SIGHUP))
@@ -61,6 +54,7 @@ def test_a_hangup_that_nohup_ignores_changes_nothing(run, straight, at_step):
     assert_same(run.traces(), straight)
 
 
+@one_method
 def test_a_second_signal_ends_at_once(run, at_step):
     def twice(*_):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -76,10 +70,9 @@ def test_a_second_signal_ends_at_once(run, at_step):
     assert run.state()["progress"]["step"] == 2
 
 
+@one_method
 def test_the_command_survives_tee_and_a_signal_to_its_whole_group(run):
     """As `train.py 2>&1 | tee log` and Ctrl-C: tee dies first; loading processes get it, too."""
-    if run.method != "CUT":
-        pytest.skip("the same code: one method is enough for a real command")
     flags = [*SELDOM, "--epochs", "10000", "--num-workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT}
     with subprocess.Popen(command(run, *flags), start_new_session=True, **pipes) as process:
@@ -95,10 +88,9 @@ def test_the_command_survives_tee_and_a_signal_to_its_whole_group(run):
     assert_same(resumed["G"], run.state()["G"])
 
 
+@one_method
 @pytest.mark.parametrize("redirection", [">&- 2>&-", "> /dev/full 2>&1", "2>&1 | head -c 100"])
 def test_closed_and_full_streams_do_not_end_a_run(run, straight, redirection):
-    if run.method != ["pix2pix", "cycleGAN", "CUT"][len(redirection) % 3]:
-        pytest.skip("the same code: one method is enough for a real command")
     words = " ".join(f"'{word}'" for word in command(run, *FOUR_EPOCHS))
     script = f"set -o pipefail; {words} {redirection}"
     done = subprocess.run(["bash", "-c", script], env=ENVIRONMENT, check=False, timeout=120)
@@ -110,7 +102,7 @@ def test_closed_and_full_streams_do_not_end_a_run(run, straight, redirection):
 
 
 def test_killed_while_saving_and_at_any_moment_resumes_exactly(run, straight):
-    module, saves = run_module(run.method), []
+    saves = []
 
     def half_of_the_third():
         def save(state, file):
@@ -121,8 +113,7 @@ def test_killed_while_saving_and_at_any_moment_resumes_exactly(run, straight):
                 file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        module.torch = type(sys)("torch")
-        vars(module.torch).update(vars(torch), save=save)
+        torch.save = save  # in the child process
 
     assert exit_status(run.fork(*FOUR_EPOCHS, prepare=half_of_the_third)) == -signal.SIGKILL
     assert run.state()["progress"]["step"] == 2
@@ -137,6 +128,7 @@ def test_killed_while_saving_and_at_any_moment_resumes_exactly(run, straight):
     assert [f.name for f in run.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
 
 
+@one_method
 def test_one_run_one_process_until_it_is_killed(run, capsys, at_step):
     at_step(2, lambda *_: time.sleep(60))
     pid = run.fork(*FOUR_EPOCHS)
@@ -150,18 +142,16 @@ def test_one_run_one_process_until_it_is_killed(run, capsys, at_step):
     assert run.resume("--max-steps", "1") == 0
 
 
+@one_method
 def test_processes_that_ignore_signals_do_not_hang_the_interpreter(run):
     """Even where an exception passes by everything that ends them."""
-    if run.method != "pix2pix":
-        pytest.skip("the same code: one method is enough for a real command")
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / run.method)!r})
 import torch, train
-from {run.method}_run import Run, parse_args
-args = parse_args({run.argv("--num-workers", "2")!r})
+args = train.parse_args({run.argv("--num-workers", "2")!r})
 device = torch.device("cpu")
-run = Run(args, train.build(args, device), train.build_data(args)[0], device)
+run = train.Run(args, train.build(args, device), train.build_data(args)[0], device)
 run.__enter__()
 batches = run.batches()
 next(batches)
@@ -181,6 +171,7 @@ def assert_same_training(run, straight):
         assert_same(state[name], straight["checkpoint"][name], name)
 
 
+@one_method
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_an_unreadable_image_saves_first(run, straight, at_step, capsys, workers):
     image = run.images()[2]
@@ -194,6 +185,7 @@ def test_an_unreadable_image_saves_first(run, straight, at_step, capsys, workers
     assert_same_training(run, straight)
 
 
+@one_method
 def test_a_killed_loading_process_saves_first(run, straight, at_step, monkeypatch, capsys):
     """Killed in the middle of a step, as by the system when memory is short."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
@@ -210,12 +202,14 @@ def test_a_killed_loading_process_saves_first(run, straight, at_step, monkeypatc
     assert_same_training(run, straight)
 
 
+@one_method
 def test_a_removed_val_folder_is_made_again(run, straight, at_step):
     at_step(1, lambda *_: shutil.rmtree(run.folder / "val"))
     assert run(*FOUR_EPOCHS) == 0
     assert_same(run.traces(), straight)
 
 
+@one_method
 def test_a_visualize_folder_that_cannot_be_written_is_a_warning(run, straight, at_step, capsys):
     """Full or read-only, while the model's disk is fine."""
 
@@ -230,6 +224,7 @@ def test_a_visualize_folder_that_cannot_be_written_is_a_warning(run, straight, a
     assert_same_training(run, straight)
 
 
+@one_method
 @pytest.mark.parametrize("share", [0.1, 0.99])
 def test_a_full_disk_leaves_the_last_checkpoint(stopped, straight, capsys, share):
     whole, limits = stopped.checkpoint.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -246,10 +241,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(stopped, straight, capsys, share
     assert_same(stopped.traces(), straight)
 
 
+@one_method
 def test_it_saves_at_the_end_of_an_epoch_ten_minutes_after_the_last_save(run, monkeypatch):
     """A clock that gains four minutes a step: saves after steps 2 (grids), 6 and 8 (the end)."""
-    module, saved = run_module(run.method), []
-    save, clock, training_step = module.Run.save, [0.0], run.module.training_step
+    clock, saved = [0.0], []
+    save, training_step = run.module.Run.save, run.module.training_step
 
     def step(*rest):
         clock[0] += 240
@@ -259,9 +255,9 @@ def test_it_saves_at_the_end_of_an_epoch_ten_minutes_after_the_last_save(run, mo
         saved.append(self.progress["step"])
         save(self)
 
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(run.module, "training_step", step)
-    monkeypatch.setattr(module.Run, "save", watched)
+    monkeypatch.setattr(run.module.Run, "save", watched)
     assert run(*SELDOM) == 0
     assert saved == [0, 2, 6, 8]
 
@@ -277,6 +273,7 @@ def test_a_loss_that_is_not_finite_names_term_and_step(run, at_step, capsys, ste
         assert run.state()["progress"]["step"] == step - 1
 
 
+@one_method
 def test_weights_that_are_not_finite_are_not_saved(run, at_step, capsys):
     """The losses of a step are computed before the update that spoils the weights."""
 
@@ -290,6 +287,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, at_step, capsys):
     assert run.state()["progress"]["step"] == 2
 
 
+@one_method
 @pytest.mark.parametrize(
     "error, way_out",
     [
@@ -312,6 +310,7 @@ def test_a_lack_of_memory_is_one_line_with_the_way_out(run, at_step, capsys, err
     assert run.state()["progress"]["step"] == 2  # it was within a step
 
 
+@one_method
 def test_a_bug_keeps_its_traceback(run, at_step):
     at_step(1, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -333,8 +332,7 @@ def two_processes(run, *flags):
 
     def prepare(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for module in (run_module(run.method), system_module(run.method)):
-            module.RANK, module.WORLD_SIZE = rank, 2
+        patch_run(pytest.MonkeyPatch(), run.method, RANK=rank, WORLD_SIZE=2)
 
     children = [run.fork(*flags, prepare=functools.partial(prepare, rank)) for rank in (0, 1)]
     return [exit_status(pid) for pid in children]
@@ -357,17 +355,16 @@ def test_two_processes_average_gradients_and_resume_exactly(run):
             assert (weight - straight["checkpoint"]["G"][name]).abs().mean() < 1e-5, name
 
 
+@one_method
 def test_processes_that_differ_report_it(run, monkeypatch, capsys):
     """As on a second machine whose images have other sizes."""
-    module = system_module(run.method)
-    monkeypatch.setattr(module, "gather", lambda value: [value, [*value[:-1], ("000.png", 7)]])
+    patch_run(monkeypatch, run.method, gather=lambda own: [own, [*own[:-1], ("000.png", 7)]])
     assert run(*FOUR_EPOCHS) == 2
     assert "different flags or different training images" in error_line(capsys)
 
 
+@one_method
 def test_torchrun_reports_the_real_error_of_a_process(run):
-    if run.method != "CUT":
-        pytest.skip("the same code: one method is enough for a real command")
     image = run.images()[0]
     image.write_bytes(image.read_bytes()[:-100])
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port()]

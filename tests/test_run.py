@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, run_module, system_module
+from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, patch_run
 
 # ---------------------------------------------------------------------------------- exact resume
 
@@ -138,7 +138,7 @@ def test_a_changed_training_set_is_noticed_by_its_names(run, capsys, change):
 
 def test_what_a_run_leaves(run, monkeypatch):
     if run.method == "pix2pix":  # the figure takes nine tenths of the time
-        monkeypatch.setattr(system_module(run.method), "Figure", Figure)
+        patch_run(monkeypatch, run.method, Figure=Figure)
     assert run(*FOUR_EPOCHS, "--sample-every", "2") == 0
     fakes = {f"{side}_G{epoch}.png" for epoch in (1, 3, 4) for side in "xy"}
     reals = {f"{side}{epoch}.png" for epoch in (1, 3, 4) for side in "xy"}
@@ -164,7 +164,7 @@ def test_what_a_run_leaves(run, monkeypatch):
     if run.method == "pix2pix":
         assert len(Image.open(run.folder / "losses.png").getcolors(1 << 24)) > 10
     facts = json.loads((run.folder / "args.json").read_text())
-    typed = vars(run_module(run.method).parse_args(run.argv(*FOUR_EPOCHS, "--sample-every", "2")))
+    typed = vars(run.module.parse_args(run.argv(*FOUR_EPOCHS, "--sample-every", "2")))
     assert {name: facts[name] for name in typed} == typed
     git = ["git", "rev-parse", "HEAD"]
     head = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
@@ -254,7 +254,7 @@ def test_ema_averages_the_weights_that_it_leaves_alone(run, straight, monkeypatc
     state = run.state()
     assert_same(state["G"], straight["checkpoint"]["G"])
     assert len(weights) == 8 and weights_before is weights[0]
-    build, args = run.module.build, run_module(run.method).parse_args(run.argv(*FOUR_EPOCHS))
+    build, args = run.module.build, run.module.parse_args(run.argv(*FOUR_EPOCHS))
     torch.manual_seed(0)
     average = [p.detach() for p in build(args, torch.device("cpu"))["G"].parameters()]
     for step in weights:
@@ -424,7 +424,7 @@ def test_every_flag_is_there_and_read_by_somebody(run):
             read.add(name)
             return super().__getattribute__(name)
 
-    args = vars(run_module(run.method).parse_args(run.argv("--epochs", "1", "--batch-size", "4")))
+    args = vars(run.module.parse_args(run.argv("--epochs", "1", "--batch-size", "4")))
     assert sorted(args) == FLAGS[run.method]
     run.module.train(Watched(**{**args, **({"pix_loss": True} if "pix_loss" in args else {})}))
     assert set(args) - read == set()
