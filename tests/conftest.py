@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from contextlib import contextmanager
@@ -43,11 +44,6 @@ def patch_run(patch, method, **values):
         assert places, name
         for module in places:
             patch.setattr(module, name, value)
-
-
-def system_module(method):
-    """<method>/<method>_system.py as a module, the one that train.py imports from."""
-    return importlib.import_module(f"{method}_system")
 
 
 def picture(rng, width, height):
@@ -94,6 +90,7 @@ SMALL = {
 }
 # Four epochs of two steps, of 4 and of 2 images; grids and a checkpoint after each epoch.
 FOUR_EPOCHS = ["--epochs", "4", "--batch-size", "4", "--sample-every", "1", "--save-model"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of commands
 
 
 class SmallRun:
@@ -208,6 +205,17 @@ class NoFigure:
 @pytest.fixture(scope="module", params=METHODS)
 def method(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """The path of a python that starts at once (warm_python.py)."""
+    folder = tmp_path_factory.mktemp("warm")  # its path must be short, as a socket's
+    command = [sys.executable, ROOT / "tests" / "warm_python.py", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield str(folder / "python")
+        server.kill()
 
 
 # For what *_run.py and *_system.py do alone: test_check_copies.py has them equal in all folders.

@@ -349,7 +349,10 @@ def test_flops_of_a_convolution():
     assert step_time.count_flops(lambda: layer(x).sum().backward()) == 3 * forward
 
 
-def test_the_table_has_medians_and_a_row_for_a_configuration_that_fails(tmp_path):
+def test_the_table_has_medians_and_a_row_for_a_configuration_that_fails(
+    tmp_path, monkeypatch, warm_python
+):
+    monkeypatch.setattr(sys, "executable", warm_python)
     argv = ["--method", METHODS[-1], "--image-size", "32", "--device", "cpu"]
     failed = step_time.Process("fp32+graph", argv, tmp_path)
     assert "graph needs a CUDA device" in failed.error and failed.ask(1) == {}
@@ -387,9 +390,9 @@ def test_parity_takes_the_largest_difference_and_notices_nan(found, expected):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs bash and GNU timeout")
-def test_rehearsal_of_the_first_hour_on_a_gpu(tmp_path):
+def test_rehearsal_of_the_first_hour_on_a_gpu(tmp_path, warm_python):
     write_pairs(tmp_path / "data", "facades", train=20, test=1)
-    settings = {"PYTHON": sys.executable, "DATA_ROOT": f"{tmp_path}/data", "METHODS": "pix2pix"}
+    settings = {"PYTHON": warm_python, "DATA_ROOT": f"{tmp_path}/data", "METHODS": "pix2pix"}
     settings |= {"DEVICE": "cpu", "IMAGE_SIZE": "32", "CONFIGS": "fp32", "STEPS": "2"}
     settings |= {"ROUNDS": "1", "FLAGS": "--ngf 4 --ndf 4", "EXPERIMENTS": "--dry-run"}
     command = [ROOT / "benchmarks" / "gpu.sh", "100", "out"]
@@ -410,9 +413,9 @@ def test_rehearsal_of_the_first_hour_on_a_gpu(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs bash and GNU timeout")
-def test_without_time_the_gpu_script_runs_nothing_and_ends_cleanly(tmp_path):
+def test_without_time_the_gpu_script_runs_nothing_and_ends_cleanly(tmp_path, warm_python):
     command = [ROOT / "benchmarks" / "gpu.sh", "0", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHON": sys.executable}
+    environment = os.environ | {"PYTHON": warm_python}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.count("not run, the time is over") == 11
     assert done.stdout == (tmp_path / "out" / "summary.txt").read_text()

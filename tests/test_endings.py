@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -15,14 +16,22 @@ import time
 import pytest
 import torch
 
-from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, exit_status, one_method, patch_run
+from conftest import (
+    ENVIRONMENT,
+    FOUR_EPOCHS,
+    ROOT,
+    assert_same,
+    error_line,
+    exit_status,
+    one_method,
+    patch_run,
+)
 
 SELDOM = [*FOUR_EPOCHS, "--sample-every", "100"]  # checkpoints after steps 2 and 8 alone
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def command(run, *flags):
-    return [sys.executable, ROOT / run.method / "train.py", *run.argv(*flags)]
+def command(run, *flags, python=sys.executable):
+    return [python, ROOT / run.method / "train.py", *run.argv(*flags)]
 
 
 def wait_for(condition, seconds=60):
@@ -90,9 +99,9 @@ def test_the_command_survives_tee_and_a_signal_to_its_whole_group(run):
 
 @one_method
 @pytest.mark.parametrize("redirection", [">&- 2>&-", "> /dev/full 2>&1", "2>&1 | head -c 100"])
-def test_closed_and_full_streams_do_not_end_a_run(run, straight, redirection):
-    words = " ".join(f"'{word}'" for word in command(run, *FOUR_EPOCHS))
-    script = f"set -o pipefail; {words} {redirection}"
+def test_closed_and_full_streams_do_not_end_a_run(run, straight, redirection, warm_python):
+    words = map(str, command(run, *FOUR_EPOCHS, python=warm_python))
+    script = f"set -o pipefail; {shlex.join(words)} {redirection}"
     done = subprocess.run(["bash", "-c", script], env=ENVIRONMENT, check=False, timeout=120)
     assert done.returncode == 0
     assert_same(run.traces(), straight)
@@ -364,11 +373,11 @@ def test_processes_that_differ_report_it(run, monkeypatch, capsys):
 
 
 @one_method
-def test_torchrun_reports_the_real_error_of_a_process(run):
+def test_torchrun_reports_the_real_error_of_a_process(run, warm_python):
     image = run.images()[0]
     image.write_bytes(image.read_bytes()[:-100])
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port()]
-    words = [sys.executable, *words, *command(run, *FOUR_EPOCHS)[1:]]
+    words = [warm_python, *words, *command(run, *FOUR_EPOCHS)[1:]]
     streams = {"capture_output": True, "text": True, "env": ENVIRONMENT}
     done = subprocess.run(words, **streams, check=False, timeout=180)
     assert done.returncode != 0

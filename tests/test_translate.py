@@ -204,10 +204,12 @@ def test_checkpoints_of_earlier_commits_give_the_same_pixels(method, module, nam
     assert difference.max() <= ("antialias" in name)  # the blurs round differently
 
 
-def test_a_folder_copied_out_alone_works_with_closed_streams(method, checkpoint, tmp_path):
+def test_a_folder_copied_out_alone_works_with_closed_streams(
+    method, checkpoint, tmp_path, warm_python
+):
     code, source = tmp_path / "code" / method, write_images(tmp_path / "in", (45, 33))
     shutil.copytree(ROOT / method, code, ignore=shutil.ignore_patterns("__pycache__", "model"))
-    command = [sys.executable, code / "translate.py", "--checkpoint", checkpoint]
+    command = [warm_python, code / "translate.py", "--checkpoint", checkpoint]
     command += ["--input", source, "--output", "out", "--device", "cpu"]
     shell = " ".join(map(str, command)) + " >&- 2>&-"
     assert subprocess.run(shell, shell=True, cwd=tmp_path, timeout=120, check=False).returncode == 0

@@ -1,0 +1,96 @@
+"""A python that starts at once, for tests that run many commands: a server has imported torch, and
+forks for each command. It ends without tidying up, which also takes Python seconds after torch.
+
+python warm_python.py FOLDER            # serves; FOLDER/python ARGUMENTS... is then a python
+"""
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import shlex
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+
+def ask(path, words):
+    """Has the server run `python WORDS` with this process's streams. Returns the exit status."""
+    streams = [number for number in range(3) if Path(f"/dev/fd/{number}").exists()]
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(path)
+        message = json.dumps([words, os.getcwd(), dict(os.environ), streams]).encode()
+        socket.send_fds(server, [message + bytes(1)], streams)
+        return int(server.recv(99))
+
+
+def serve(folder):
+    """Answers for ever. In the forked processes returns what was asked for."""
+    for name in ("matplotlib.figure", "torch.distributed.run", "torchvision.transforms.v2"):
+        importlib.import_module(name)
+
+    words = [sys.executable, "-S", "-E", __file__, f"{folder}/socket"]
+    sys.executable = f"{folder}/python"  # for processes that commands start
+    Path(sys.executable).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    Path(sys.executable).chmod(0o755)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(f"{folder}/socket")
+    server.listen(99)
+    print("ready", flush=True)
+    while True:
+        connection, _ = server.accept()
+        if os.fork() == 0:
+            break
+        connection.close()
+    message, received, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    while message[-1]:
+        message += connection.recv(1 << 20)
+    if pid := os.fork():
+        connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os._exit(0)
+    words, place, environment, streams = json.loads(message[:-1])
+    for number in range(3):
+        os.close(number)
+    for number, stream in zip(streams, received, strict=True):
+        os.dup2(stream, number)
+    sys.stdout = sys.stdout if 1 in streams else None
+    sys.stderr = sys.stderr if 2 in streams else None
+    os.chdir(place)
+    os.environ.clear()
+    os.environ.update(environment)
+    return [word for word in words if word != "-u"]
+
+
+def run(kind, *words):
+    """Runs `python KIND WORDS` in this process. Returns the exit status."""
+    sys.argv[:], sys.path[0] = [kind, *words], ""
+    try:
+        if kind in ("-c", "-"):
+            exec(sys.argv.pop(1) if kind == "-c" else sys.stdin.read(), {"__name__": "__main__"})
+        elif kind == "-m":
+            runpy.run_module(sys.argv.pop(0) and words[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(kind))
+            runpy.run_path(kind, run_name="__main__")
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        return 1 if isinstance(ended.code, str) else ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        sys.exit(ask(sys.argv[1], sys.argv[2:]))
+    status = run(*serve(sys.argv[1]))
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout and sys.stdout.flush()
+    except OSError:
+        status = 120  # as Python
+    os._exit(status)
