@@ -10,7 +10,8 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait let other programs run
+# The tests' networks are too small for more threads; commands that tests start inherit this.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = [name for name in ("pix2pix", "cycleGAN", "CUT") if (ROOT / name / "train.py").exists()]
 TOOLS = ["", "datasets", "visualize", "experiments", "benchmarks"]
 sys.path[:0] = [str(ROOT / name) for name in METHODS + TOOLS]
-torch.set_num_threads(1)  # the tests' networks are too small for more
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
@@ -81,6 +81,11 @@ def write_unpaired(root, name="unpaired", train=(6, 4), test=3, size=32, seed=0)
     return root
 
 
+def noise(*shape, seed=0):
+    """Float64 in [-1, 1]."""
+    return torch.from_numpy(np.tanh(np.random.RandomState(seed).randn(*shape)))
+
+
 # -------------------------------------------------------------------------- small runs of train.py
 
 SMALL = {
@@ -90,7 +95,6 @@ SMALL = {
 }
 # Four epochs of two steps, of 4 and of 2 images; grids and a checkpoint after each epoch.
 FOUR_EPOCHS = ["--epochs", "4", "--batch-size", "4", "--sample-every", "1", "--save-model"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of commands
 
 
 class SmallRun:
@@ -212,7 +216,7 @@ def warm_python(tmp_path_factory):
     """The path of a python that starts at once (warm_python.py)."""
     folder = tmp_path_factory.mktemp("warm")  # its path must be short, as a socket's
     command = [sys.executable, ROOT / "tests" / "warm_python.py", folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
         assert server.stdout.readline() == b"ready\n"
         yield str(folder / "python")
         server.kill()
@@ -220,6 +224,24 @@ def warm_python(tmp_path_factory):
 
 # For what *_run.py and *_system.py do alone: test_check_copies.py has them equal in all folders.
 one_method = pytest.mark.parametrize("method", METHODS[:1], scope="module")
+
+
+def spy(monkeypatch, module, name):
+    """The list of (arguments, result) of each call of module.name from now on."""
+    function, calls = getattr(module, name), []
+
+    def watched(*args):
+        calls.append((args, function(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, name, watched)
+    return calls
+
+
+@pytest.fixture
+def float64_outputs(monkeypatch):
+    """Networks in float64 return float64 too, not float32."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
 
 
 @contextmanager

@@ -38,9 +38,6 @@ STEPS = [
 ]
 
 
-each_method = pytest.mark.parametrize("method", METHODS)
-
-
 # ---------------------------------------------------------- the step on CUDA tensors without values
 
 
@@ -167,7 +164,6 @@ def test_uploads_and_reads_are_noticed(fake_cuda, act, error):
 # ---------------------------------------------------------------------- what the run does for a GPU
 
 
-@each_method
 @pytest.mark.parametrize(
     "name, precision, index", [("cuda:1", "tf32", 1), ("auto", "fp32", 0), ("cuda", "bf16", 0)]
 )
@@ -187,7 +183,6 @@ def test_the_gpu_is_selected_and_tf32_set(method, name, precision, index, monkey
     assert torch.backends.cudnn.benchmark
 
 
-@each_method
 @pytest.mark.parametrize("kind, pinned", [("cpu", False), ("cuda", True), ("mps", False)])
 def test_copies_are_asynchronous_from_pinned_memory_to_cuda_only(method, kind, pinned, monkeypatch):
     train, copies = load_script(method), []
@@ -217,7 +212,6 @@ def test_copies_are_asynchronous_from_pinned_memory_to_cuda_only(method, kind, p
     assert copies == [(kind, pinned)] * 2
 
 
-@each_method
 @pytest.mark.parametrize(
     "kind, fused", [("cpu", True), ("cuda", True), ("mps", True), ("meta", False)]
 )
@@ -239,22 +233,6 @@ def test_blur_filters_move_with_the_network_and_stay_out_of_checkpoints(method):
         filters = [b for name, b in net.to("meta").named_buffers() if "filter" in name]
         assert all(b.device.type == "meta" for b in filters)
         assert filters or net is nets.get("H")
-
-
-@pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
-def test_image_buffers_survive_a_checkpoint(method, tmp_path):
-    ImageBuffer = load_script(method).ImageBuffer
-    first, second = ImageBuffer(3), ImageBuffer(3)
-    for _ in range(3):
-        first(torch.rand(1, 3, 4, 4))
-    torch.save(first.state_dict(), tmp_path / "buffer.pt")
-    second.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
-    images = torch.rand(20, 3, 4, 4)
-    for buffer in (first, second):
-        torch.manual_seed(0)
-        buffer.returned = torch.cat([buffer(image[None]) for image in images])
-    assert torch.equal(first.returned, second.returned)
-    assert not torch.equal(first.returned, images)
 
 
 @pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
@@ -282,7 +260,6 @@ def test_processes_gather_cpu_tensors_and_a_loaded_buffer_returns_cuda_tensors(
     assert loaded(torch.rand(1, 3, 4, 4, device=CUDA)).device == CUDA
 
 
-@each_method
 def test_autocast_compile_and_fused_adam_work_together(method, monkeypatch):
     """On the CPU, with a compiler that traces as the default one does but generates no code."""
     train, compile = load_script(method), torch.nn.Module.compile
@@ -316,7 +293,6 @@ def test_autocast_compile_and_fused_adam_work_together(method, monkeypatch):
 MORE = {"pix2pix": [], "cycleGAN": ["--identity-ratio", "5"], "CUT": ["--NCE-ratio-id", "0"]}
 
 
-@each_method
 @pytest.mark.parametrize("more", [False, True])
 def test_the_plain_step_has_the_same_losses_and_gradients(method, more):
     train = load_script(method)

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from conftest import METHODS, load_script, picture
 
 UNPAIRED = [name for name in METHODS if name != "pix2pix"]
-every_method = pytest.mark.parametrize("method", METHODS)
 unpaired = pytest.mark.parametrize("method", UNPAIRED)
 pix2pix = pytest.mark.skipif("pix2pix" not in METHODS, reason="pix2pix is not here")
 load_rgb, list_images, UserError, epoch_batches = (
@@ -105,7 +104,6 @@ def noise(rng, width, height):
 # --------------------------------------------------------------------------------------- geometry
 
 
-@every_method
 def test_crops_and_flips(method, tmp_path):
     """Each of 5 x 5 x 2 occurs; one for both halves of a pair, two for images without pairs."""
     data = dataset(method, write_ramps(method, tmp_path))
@@ -120,7 +118,6 @@ def test_crops_and_flips(method, tmp_path):
         assert abs(np.corrcoef(parts.T)[0, 1]) < 0.2
 
 
-@every_method
 def test_flags_reach_the_geometry(method, tmp_path):
     write_ramps(method, tmp_path)
     epochs = range(1, 11)
@@ -133,7 +130,6 @@ def test_flags_reach_the_geometry(method, tmp_path):
         np.testing.assert_array_equal(data[epoch, 0][0].permute(1, 2, 0), whole)
 
 
-@every_method
 def test_an_image_depends_on_seed_epoch_and_index_alone(method, tmp_path):
     """Not on the order, the workers or the global state, which it leaves as it was."""
     data, keys = dataset(method, write_ramps(method, tmp_path)), list(np.ndindex(3, 4))
@@ -156,7 +152,6 @@ def test_an_image_depends_on_seed_epoch_and_index_alone(method, tmp_path):
         assert loaded == list(first.values())
 
 
-@every_method
 def test_neighbours_in_epoch_and_index_are_not_random_alike(method, tmp_path):
     data = dataset(method, write_ramps(method, tmp_path), "--seed", "3")
     seen = {(e, i): pair for e in range(40) for i, pair in enumerate(read_epoch(data, e))}
@@ -166,7 +161,6 @@ def test_neighbours_in_epoch_and_index_are_not_random_alike(method, tmp_path):
         assert len(equal) > 100 and np.mean(equal) < 0.08
 
 
-@every_method
 @pytest.mark.parametrize("size", [(70, 50), (50, 70), (10, 12), (1, 1)])
 def test_stretch_is_the_resize_of_the_authors(method, tmp_path, size):
     rng = np.random.default_rng(0)
@@ -181,7 +175,6 @@ def test_stretch_is_the_resize_of_the_authors(method, tmp_path, size):
             np.testing.assert_array_equal(resized.permute(1, 2, 0), exact)
 
 
-@every_method
 @pytest.mark.parametrize("size", [(90, 45), (45, 90), (10, 20), (32, 32)])
 def test_fit_crop_keeps_the_aspect(method, tmp_path, size):
     """Training: short side to 36, random crop. Test: short side to 32, crop at the centre."""
@@ -258,7 +251,6 @@ def test_order_of_an_epoch():
 # ------------------------------------------------------------------------------ the two datasets
 
 
-@every_method
 def test_test_images_are_whole_and_never_augmented(method, tmp_path):
     rng = np.random.default_rng(0)
     images = [(noise(rng, 32, 32), noise(rng, 32, 32)) for _ in range(2)]
@@ -270,7 +262,6 @@ def test_test_images_are_whole_and_never_augmented(method, tmp_path):
             assert any((side.permute(1, 2, 0).numpy() == p).all() for p in options)
 
 
-@every_method
 def test_without_test_images_eight_training_images_are_shown(method, tmp_path, capsys):
     train_set, test_set = build_data(method, write_ramps(method, tmp_path, 9, 9))
     assert "eight training images" in capsys.readouterr().err
@@ -493,7 +484,6 @@ def test_odd_files_are_noted_once(tmp_path, capsys, name, frames, expected):
     assert expected in line and str(tmp_path / name) in line
 
 
-@every_method
 @pytest.mark.parametrize("size, fit, noted", [
     ((60, 40), "stretch", True), ((40, 60), "stretch", True), ((40, 30), "stretch", False),
     ((31, 40), "stretch", False), ((60, 40), "crop", False),

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import os
 import re
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+import download
+
 SCRIPT = Path(__file__).resolve().parents[1] / "datasets" / "download.py"
 TAR, ZIP = "/pix2pix/datasets/facades.tar.gz", "/cyclegan/datasets/grumpifycat.zip"
 PAIRS = {f"facades/train/{i}.jpg": os.urandom(3000) for i in range(20)}  # gzip cannot shrink them
@@ -28,10 +29,6 @@ SIDES = {
 
 TWIN = "/cyclegan/datasets/maps.zip"  # of the paired maps; it gets a name of its own
 TWO_MAPS = {"maps_unpaired/trainA/1.jpg": b"x", "maps_unpaired/trainB/1.jpg": b"y"}
-
-spec = importlib.util.spec_from_file_location("download", SCRIPT)
-download = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(download)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -16,16 +16,7 @@ import time
 import pytest
 import torch
 
-from conftest import (
-    ENVIRONMENT,
-    FOUR_EPOCHS,
-    ROOT,
-    assert_same,
-    error_line,
-    exit_status,
-    one_method,
-    patch_run,
-)
+from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, exit_status, one_method, patch_run
 
 SELDOM = [*FOUR_EPOCHS, "--sample-every", "100"]  # checkpoints after steps 2 and 8 alone
 
@@ -83,7 +74,7 @@ def test_a_second_signal_ends_at_once(run, at_step):
 def test_the_command_survives_tee_and_a_signal_to_its_whole_group(run):
     """As `train.py 2>&1 | tee log` and Ctrl-C: tee dies first; loading processes get it, too."""
     flags = [*SELDOM, "--epochs", "10000", "--num-workers", "2"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": ENVIRONMENT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command(run, *flags), start_new_session=True, **pipes) as process:
         wait_for(lambda: (run.folder / "losses.csv").exists() and len(run.rows()) > 1)
         process.stdout.close()
@@ -102,7 +93,7 @@ def test_the_command_survives_tee_and_a_signal_to_its_whole_group(run):
 def test_closed_and_full_streams_do_not_end_a_run(run, straight, redirection, warm_python):
     words = map(str, command(run, *FOUR_EPOCHS, python=warm_python))
     script = f"set -o pipefail; {shlex.join(words)} {redirection}"
-    done = subprocess.run(["bash", "-c", script], env=ENVIRONMENT, check=False, timeout=120)
+    done = subprocess.run(["bash", "-c", script], check=False, timeout=120)
     assert done.returncode == 0
     assert_same(run.traces(), straight)
 
@@ -378,8 +369,7 @@ def test_torchrun_reports_the_real_error_of_a_process(run, warm_python):
     image.write_bytes(image.read_bytes()[:-100])
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port()]
     words = [warm_python, *words, *command(run, *FOUR_EPOCHS)[1:]]
-    streams = {"capture_output": True, "text": True, "env": ENVIRONMENT}
-    done = subprocess.run(words, **streams, check=False, timeout=180)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=180)
     assert done.returncode != 0
     assert f"train.py: error: cannot read {image}" in done.stderr
     assert "Traceback" not in done.stderr.split("train.py: error: ")[0]

@@ -7,17 +7,16 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
+import judge
 import numpy as np
 import pytest
+import run
 from PIL import Image
 
-from conftest import METHODS, ROOT, write_pairs, write_unpaired
+from conftest import METHODS, write_pairs, write_unpaired
 
-sys.path.insert(0, str(ROOT / "experiments"))
-run, judge = (importlib.import_module(name) for name in ("run", "judge"))
 Run = run.Run
 
 

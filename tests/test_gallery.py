@@ -1,6 +1,5 @@
 """visualize/gallery.py: which runs it finds, what the page says, and the page in a browser."""
 
-import importlib.util
 import json
 import os
 import re
@@ -8,16 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import gallery
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import METHODS, ROOT
+from conftest import ROOT
 
 SCRIPT = ROOT / "visualize" / "gallery.py"
-spec = importlib.util.spec_from_file_location("gallery", SCRIPT)
-gallery = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gallery)
 
 FLAGS_MODULE = """
 from argparse import Namespace
@@ -253,7 +250,6 @@ def test_without_the_method_the_typed_flags_differ(root, key):
     assert flags == [["--cache", "2", False], ["--n-layers", "9", True]]
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_defaults_of_the_methods(method):
     gallery.defaults.cache_clear()
     assert gallery.defaults(method)["lr"] == 2e-4

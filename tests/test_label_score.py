@@ -1,19 +1,13 @@
 """experiments/label_score.py: decoding, the scores, and a reader on a small synthetic set."""
 
-import importlib
 import json
-import sys
 
+import label_score
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
-
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "experiments"))
-label_score = importlib.import_module("label_score")
 
 PALETTE = label_score.COLORS.numpy().astype(np.uint8)
 

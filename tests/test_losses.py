@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import METHODS, ROOT, load_script
+from conftest import METHODS, ROOT, load_script, spy
 
 RECORDED = json.loads((ROOT / "tests" / "parity" / "first_steps.json").read_text())
 SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--device", "cpu", "--precision", "fp32"]
@@ -18,19 +18,8 @@ DEEP["CUT"] += ["--feat-str", "pix,d128, d256, R256_1, R256_2", "--num-patches",
 NETS = {"pix2pix": ["G", "D"], "cycleGAN": ["G", "F", "D_X", "D_Y"], "CUT": ["G", "D", "H"]}
 
 
-@pytest.fixture(params=METHODS)
-def method(request):
-    return request.param
-
-
 def needs(method):
     return pytest.mark.skipif(method not in METHODS, reason=f"there is no {method} folder")
-
-
-@pytest.fixture
-def float64_outputs(monkeypatch):
-    """Networks in float64 return float64 too, not float32."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
 
 
 def parse(method, *flags):
@@ -59,18 +48,6 @@ def copies(net):
 
 def changed(net, before):
     return not all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
-
-
-def spy(monkeypatch, module, name):
-    """The list of (arguments, result) of each call of module.name from now on."""
-    function, calls = getattr(module, name), []
-
-    def watched(*args):
-        calls.append((args, function(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(module, name, watched)
-    return calls
 
 
 def coin(monkeypatch, heads):

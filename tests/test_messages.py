@@ -8,8 +8,6 @@ import pytest
 
 from conftest import METHODS, ROOT, load_script, write_pairs, write_unpaired
 
-every_method = pytest.mark.parametrize("method", METHODS)
-
 
 @pytest.fixture
 def error(tmp_path, capsys):
@@ -33,7 +31,6 @@ def error(tmp_path, capsys):
     return run
 
 
-@every_method
 @pytest.mark.parametrize("typed, meant, methods", [
     ("--batchsize", "--batch-size", METHODS), ("--batch_size", "--batch-size", METHODS),
     ("--n-epochs", "--epochs", METHODS), ("--n_epochs", "--epochs", METHODS),
@@ -46,7 +43,6 @@ def test_a_mistyped_flag_or_one_of_the_authors(error, method, typed, meant, meth
     assert f"unknown flag {typed}" in line and suggested == (method in methods)
 
 
-@every_method
 @pytest.mark.parametrize("folder, expected", [
     ("own", "prepare.py"), ("toy/train", "did you mean --data-folder toy?"),
     ("datasets/{right}", "did you mean --data-folder {right}?"), ("{wrong}", "{remedy}"),
@@ -63,13 +59,11 @@ def test_a_dataset_that_cannot_be_used(error, method, folder, expected):
     assert folder != "own" or ("train/cats, train/dogs" in line and "prepare.py" in line)
 
 
-@every_method
 def test_a_device_that_does_not_exist(error, method):
     line = error(method, "--device", "gpu")
     assert "--device gpu" in line and "use auto, cpu, cuda, cuda:1 or mps" in line
 
 
-@every_method
 def test_resume_alone_lists_the_runs_that_can_be_resumed(error, method, tmp_path):
     for name in ("first", "second"):
         (tmp_path / "runs" / method / "model" / name).mkdir(parents=True)
@@ -78,7 +72,6 @@ def test_resume_alone_lists_the_runs_that_can_be_resumed(error, method, tmp_path
     assert line.endswith("runs that have one: first, second")
 
 
-@every_method
 def test_an_unreadable_training_image_is_named_at_the_start(error, method, tmp_path):
     data = "toy" if method == "pix2pix" else "sides"
     file = sorted((tmp_path / data / "train").rglob("*.png"))[1]
@@ -87,7 +80,6 @@ def test_an_unreadable_training_image_is_named_at_the_start(error, method, tmp_p
     assert not (tmp_path / "runs").exists()  # before anything is written
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("name", "value", "spin"), [("OMP_WAIT_POLICY", "ACTIVE", "None"), ("A", "", "1000")]
 )
@@ -99,3 +91,38 @@ def test_idle_threads_yield_unless_the_user_set_openmp(method, name, value, spin
         subprocess.check_output(command, cwd=ROOT / method, env=environment, text=True)
         == f"{spin}\n"
     )
+
+
+WITHOUT_TORCH = """
+import os, runpy, sys
+script, *attempts = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(script))
+for name in ("torch", "torchvision", "numpy", "PIL", "matplotlib", "tqdm"):
+    sys.modules[name] = None  # importing it raises ImportError
+for words in attempts:
+    sys.argv[:] = [os.path.basename(script), *words.split()]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == (0 if "--help" in words else 2), (words, ended.code)
+"""
+
+
+TRANSLATE = "checkpoint input output size restore_size side_by_side skip_existing device precision"
+
+
+@pytest.mark.parametrize("script, needed, bad, typo", [
+    ("train.py", "", "--epochs=-1", "--epoch=3"),
+    ("translate.py", "--checkpoint=c --input=i --output=o", "--size=-1", "--inputt=3"),
+])  # fmt: skip
+def test_help_and_mistyped_flags_do_not_wait_for_torch(method, script, needed, bad, typo):
+    attempts = [f"{needed} {words}" for words in (bad, typo, "--help")]
+    command = [sys.executable, "-c", WITHOUT_TORCH, ROOT / method / script, *attempts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    negative, meant = done.stderr.splitlines()
+    assert negative.startswith(f"{script}: error: {bad.replace('=', ' ')}")
+    assert f"did you mean {typo[:7]}" in meant
+    shown = " ".join(done.stdout.split())
+    args = vars(load_script(method).parse_args([])) if script == "train.py" else TRANSLATE.split()
+    assert all(f"--{name.replace('_', '-')}" in shown for name in args) and "None" not in shown

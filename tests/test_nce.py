@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from conftest import METHODS, ROOT, load_script
+from conftest import METHODS, ROOT, load_script, noise, spy
 
 if "CUT" not in METHODS:
     pytest.skip("there is no CUT folder", allow_module_level=True)
@@ -29,12 +29,6 @@ SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--n-layers", "2", "-
 SMALL += ["--precision", "fp32", "--feat-str", ", ".join(TAPS), "--num-patches", "16"]
 
 
-@pytest.fixture
-def float64_outputs(monkeypatch):
-    """Networks in float64 return float64 too, not float32."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-
-
 def parse(*flags):
     return load_script("CUT").parse_args([*SMALL, *flags])
 
@@ -50,26 +44,9 @@ def large_nets(*flags):
     return nets, args
 
 
-def noise(*shape, seed=0):
-    """Float64 in [-1, 1]."""
-    return torch.from_numpy(np.tanh(np.random.RandomState(seed).randn(*shape)))
-
-
 def unit_vectors(seed, *shape):
     """(..., C) in float64, each vector of length 1."""
     return normalize(torch.from_numpy(np.random.RandomState(seed).randn(*shape)), dim=-1)
-
-
-def spy(monkeypatch, name):
-    """The list of (arguments, result) of each call of CUT_nce.<name> from now on."""
-    function, calls = getattr(CUT_nce, name), []
-
-    def watched(*args):
-        calls.append((args, function(*args)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(CUT_nce, name, watched)
-    return calls
 
 
 def slopes(function, array, step=1e-6):
@@ -281,7 +258,9 @@ def test_patch_nce_is_the_mean_over_taps_images_and_patches(monkeypatch, tau):
 
 @pytest.mark.parametrize("nce", ["infonce", "ence", "hdce"])
 def test_the_selected_contrast_and_relation_are_used(monkeypatch, nce):
-    used = {n: spy(monkeypatch, n) for n in ("infonce", "ence", "hdce", "semantic_relation")}
+    used = {
+        n: spy(monkeypatch, CUT_nce, n) for n in ("infonce", "ence", "hdce", "semantic_relation")
+    }
     args = parse("--nce", nce, "--tau", "0.2", "--src-ratio", "0.5")
     found = patch_nce(toy_H, features(0), features(1), args)
     names = (nce, "semantic_relation")
@@ -296,13 +275,16 @@ def test_the_selected_contrast_and_relation_are_used(monkeypatch, nce):
 @pytest.mark.parametrize("query", ["random", "attention"])
 def test_query_and_key_come_from_the_same_positions(monkeypatch, query):
     """If both have the same features, q and k are equal."""
-    same, calls = features(0), spy(monkeypatch, "infonce")
+    same, calls = features(0), spy(monkeypatch, CUT_nce, "infonce")
     patch_nce(toy_H, same, same, parse("--query", query))
     assert len(calls) == 3 and all(torch.equal(q, k) for (q, k, _), _ in calls)
 
 
 def test_attention_of_the_keys_selects_at_the_last_two_taps(monkeypatch):
-    random, attended = spy(monkeypatch, "random_patches"), spy(monkeypatch, "attention_patches")
+    random, attended = (
+        spy(monkeypatch, CUT_nce, "random_patches"),
+        spy(monkeypatch, CUT_nce, "attention_patches"),
+    )
     keys = [key.requires_grad_() for key in features(1)]
     args = parse("--query", "attention", "--num-patches", "7", "--no-detach")
     patch_nce(toy_H, features(0), keys, args)
@@ -322,7 +304,10 @@ def test_attention_of_the_keys_selects_at_the_last_two_taps(monkeypatch):
 @pytest.mark.parametrize("nce", ["infonce", "ence", "hdce"])
 def test_keys_are_detached_unless_no_detach(monkeypatch, nce, query, detach):
     """From the encoder and from the heads; those of the semantic relation always."""
-    calls, relations = spy(monkeypatch, nce), spy(monkeypatch, "semantic_relation")
+    calls, relations = (
+        spy(monkeypatch, CUT_nce, nce),
+        spy(monkeypatch, CUT_nce, "semantic_relation"),
+    )
     switch = "--detach" if detach else "--no-detach"
     nets, args = large_nets(switch, "--nce", nce, "--query", query, "--src-ratio", "1")
     queries, keys = (

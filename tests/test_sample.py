@@ -37,7 +37,6 @@ def real_images(method, root):
 
 
 @pytest.mark.parametrize("ema", [False, True])
-@pytest.mark.parametrize("method", METHODS)
 def test_grids_show_eight_images_and_the_means_are_over_all(method, ema, tmp_path):
     """And --ema samples from the averages."""
     (write_pairs if method == "pix2pix" else write_unpaired)(tmp_path, "data", test=10)

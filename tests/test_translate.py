@@ -2,7 +2,6 @@
 images are random blobs; the networks are untrained."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +16,6 @@ from conftest import METHODS, ROOT, load_script, picture
 
 OLD = ROOT / "tests" / "old_checkpoints"  # written by commit c8368aa, with an image and its result
 IDENTITY = (lambda x: x, 4, 32)
-
-
-@pytest.fixture(params=METHODS)
-def method(request):
-    return request.param
 
 
 @pytest.fixture
@@ -368,31 +362,3 @@ def test_bad_checkpoints(method, module, checkpoint, tmp_path, capsys):
         assert run(module, checkpoint, source, tmp_path / "out", "--direction", "y2x") == 2
         assert "has no F" in messages(capsys)[0]
     assert not (tmp_path / "out").exists()
-
-
-# ------------------------------------------------------------------------------------------- flags
-
-WITHOUT_TORCH = """
-import os, runpy, sys
-sys.path.insert(0, os.path.dirname(sys.orig_argv[-1]))
-for name in ("torch", "torchvision", "numpy", "PIL", "matplotlib", "tqdm"):
-    sys.modules[name] = None  # importing it raises ImportError
-for flag, status in (("--help", 0), ("--size=-1", 2), ("--inputt=3", 2)):
-    sys.argv = ["translate.py", "--checkpoint=c", "--input=i", "--output=o", flag]
-    try:
-        runpy.run_path(sys.orig_argv[-1], run_name="__main__")
-    except SystemExit as ended:
-        assert ended.code == status, (flag, ended.code)
-"""
-
-
-def test_help_and_mistyped_flags_do_not_import_torch(method):
-    command = [sys.executable, "-c", WITHOUT_TORCH, ROOT / method / "translate.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    negative, typo = done.stderr.splitlines()
-    assert "--size -1" in negative and "did you mean --input" in typo
-    flags = set(re.findall(r"^  (--[\w-]+)", done.stdout, re.MULTILINE))
-    own = {"pix2pix": "--dropout", "cycleGAN": "--direction"}.get(method)
-    names = "checkpoint input output size restore-size side-by-side skip-existing device precision"
-    assert flags == {own, *(f"--{n}" for n in names.split())} - {None}
