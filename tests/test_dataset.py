@@ -6,7 +6,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch.utils.data import DataLoader
 
 from conftest import METHODS, load_script, picture
@@ -14,10 +14,9 @@ from conftest import METHODS, load_script, picture
 UNPAIRED = [name for name in METHODS if name != "pix2pix"]
 unpaired = pytest.mark.parametrize("method", UNPAIRED)
 pix2pix = pytest.mark.skipif("pix2pix" not in METHODS, reason="pix2pix is not here")
-load_rgb, list_images, UserError, epoch_batches = (
-    getattr(import_module(f"{METHODS[0]}_dataset"), name)
-    for name in ("load_rgb", "list_images", "UserError", "epoch_batches")
-)
+any_dataset = import_module(f"{METHODS[0]}_dataset")  # the three read files alike
+load_rgb, list_images = any_dataset.load_rgb, any_dataset.list_images
+UserError = any_dataset.UserError
 BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -234,15 +233,14 @@ def test_folders_of_the_two_sides(method, tmp_path, x, y):
 def test_order_of_an_epoch():
     orders = []
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
-        batches = epoch_batches(10, 4, seed, epoch)
+        batches = any_dataset.epoch_batches(10, 4, seed, epoch)
         assert [len(batch) for batch in batches] == [4, 4, 2]
         assert {key[0] for batch in batches for key in batch} == {epoch}
         orders.append([index for batch in batches for _, index in batch])
-        assert sorted(orders[-1]) == list(range(10)) and batches == epoch_batches(
-            10, 4, seed, epoch
-        )
+        assert sorted(orders[-1]) == list(range(10))
+        assert batches == any_dataset.epoch_batches(10, 4, seed, epoch)
     assert len(set(map(tuple, orders))) == 3
-    ranks = [epoch_batches(11, 2, 0, 1, rank, 3) for rank in range(3)]
+    ranks = [any_dataset.epoch_batches(11, 2, 0, 1, rank, 3) for rank in range(3)]
     assert [[len(batch) for batch in batches] for batches in ranks] == [[2, 1]] * 3
     keys = {key for batches in ranks for batch in batches for key in batch}
     assert len(keys) == 9  # no image twice; two of eleven are left out
@@ -348,36 +346,17 @@ def test_every_suffix(tmp_path, suffix):
     assert np.abs(read(path).astype(int) - np.asarray(image)).mean() <= lossy
 
 
-def adobe_rgb():
-    """An ICC profile of Adobe RGB (1998): its primaries adapted to D50, gamma 563 / 256."""
-    white, red = (0.9642, 1.0, 0.8249), (0.60974, 0.31111, 0.01947)
-    green, blue = (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)
-
-    def xyz(values):
-        return struct.pack(">3i", *(round(value * 65536) for value in values))
-
-    tags = {b"wtpt": white, b"rXYZ": red, b"gXYZ": green, b"bXYZ": blue}
-    tags = {name: b"XYZ \0\0\0\0" + xyz(values) for name, values in tags.items()}
-    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), b"curv" + struct.pack(">IIHH", 0, 1, 563, 0))
-    table, data, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
-    for name, content in tags.items():
-        table += struct.pack(">4sII", name, start + len(data), len(content))
-        data += content
-    head = struct.pack(">8xI4s4s4s12x4s", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
-    head = head.ljust(64, b"\0") + struct.pack(">I", 0) + xyz(white)
-    profile = head.ljust(128, b"\0") + table + data
-    return struct.pack(">I", len(profile)) + profile[4:]
-
-
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 def test_colour_profiles_are_converted_to_srgb(tmp_path, suffix):
-    profile, green = adobe_rgb(), np.full((16, 16, 3), (106, 179, 72), np.uint8)
+    """A profile of sRGB with red and green exchanged; a damaged one changes nothing."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = srgb.replace(b"rXYZ", b"----").replace(b"gXYZ", b"rXYZ").replace(b"----", b"gXYZ")
     options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
-    write(tmp_path / f"a.{suffix}", green, icc_profile=profile, **options)
-    np.testing.assert_allclose(read(tmp_path / f"a.{suffix}")[8, 8], (40, 180, 60), atol=2)
-    for damaged in (profile[:200], bytes(reversed(profile)), b"x"):
-        write(tmp_path / f"a.{suffix}", green, icc_profile=damaged, **options)
-        np.testing.assert_allclose(read(tmp_path / f"a.{suffix}")[8, 8], (106, 179, 72), atol=1)
+    for icc, color in ((profile, (179, 106, 72)), (profile[:200], None), (b"x", None)):
+        flat = np.full((16, 16, 3), (106, 179, 72), np.uint8)
+        write(tmp_path / f"a.{suffix}", flat, icc_profile=icc, **options)
+        found = read(tmp_path / f"a.{suffix}")[8, 8]
+        np.testing.assert_allclose(found, color or flat[8, 8], atol=2)
 
 
 def exif(orientation):
@@ -427,15 +406,11 @@ def test_an_unreadable_file_is_named(tmp_path, suffix, damage):
     path.write_bytes(parts.get(damage, bytes(500)))
     if damage == "missing":
         path.unlink()
-    with pytest.raises(
-        UserError, match=rf"^cannot read .*bad\.{suffix}: .*; replace or remove it$"
-    ):
+    with pytest.raises(UserError, match=rf"^cannot read .*bad\.{suffix}: .*; replace or remove"):
         load_rgb(path)
 
 
-@pytest.mark.parametrize(
-    "error", [SyntaxError, RuntimeError, struct.error, IndexError, MemoryError]
-)
+@pytest.mark.parametrize("error", [SyntaxError, RuntimeError, struct.error, MemoryError])
 def test_whatever_a_decoder_raises(tmp_path, monkeypatch, error):
     write(tmp_path / "a.png", ramp(0))
 

@@ -107,14 +107,10 @@ def test_committed_runs_come_last_unless_they_changed(root, monkeypatch):
     assert [run["committed"] for run in runs.values()] == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize(
-    ("globs", "names"),
-    [
-        (["CUT/*"], ["CUT/one", "CUT/two"]),
-        (["one"], ["CUT/one", "cycleGAN/one"]),
-        (["t*", "CUT/one"], ["CUT/one", "CUT/two", "cycleGAN/two"]),
-    ],
-)
+@pytest.mark.parametrize("globs, names", [
+    (["CUT/*"], ["CUT/one", "CUT/two"]), (["one"], ["CUT/one", "cycleGAN/one"]),
+    (["t*", "CUT/one"], ["CUT/one", "CUT/two", "cycleGAN/two"]),
+])  # fmt: skip
 def test_runs_are_selected(root, capsys, globs, names):
     for name in ("CUT/one", "CUT/two", "cycleGAN/one", "cycleGAN/two"):
         write_run(root, name)
@@ -204,27 +200,20 @@ def test_losses_that_are_not_finite(root):
     assert run["losses"][0] == ["__proto__", [[1, None], [2, 3.0], [4, 5.0]]]
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("loss\n1\n", "cannot be read, or a row has no epoch"),
-        ("epoch,a\nx,1\n", "cannot be read, or a row has no epoch"),
-        ("epoch,a\n" + "1" * 200_000, "cannot be read, or a row has no epoch"),
-        ("", "has no rows"),
-    ],
-)
-def test_odd_losses(root, text, problem):
-    (write_run(root) / "losses.csv").write_text(text)
-    assert first_run(root)["notes"] == [f"losses.csv {problem}"]
-
-
+NO_EPOCH = "losses.csv cannot be read, or a row has no epoch"
 DEEP = '{"lr": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"typed": 5}', '{"typed": [[]]}', DEEP])
-def test_odd_args(root, text):
-    (write_run(root) / "args.json").write_text(text)
-    assert first_run(root)["notes"] == ["args.json cannot be read"]
+@pytest.mark.parametrize("name, text, note", [
+    ("losses.csv", "", "losses.csv has no rows"),
+    *(("losses.csv", text, NO_EPOCH)
+      for text in ("loss\n1\n", "epoch,a\nx,1\n", "epoch,a\n" + "1" * 200_000)),
+    *(("args.json", text, "args.json cannot be read")
+      for text in ("", "{", "[1, 2]", '{"typed": 5}', '{"typed": [[]]}', DEEP)),
+])  # fmt: skip
+def test_odd_files(root, name, text, note):
+    (write_run(root) / name).write_text(text)
+    assert first_run(root)["notes"] == [note]
 
 
 def test_flags_differ_from_the_default(root):

@@ -12,17 +12,7 @@ if "CUT" not in METHODS:
     pytest.skip("there is no CUT folder", allow_module_level=True)
 
 import CUT_nce
-from CUT_nce import (
-    ProjectionHeads,
-    attention_patches,
-    ence,
-    hdce,
-    infonce,
-    patch_nce,
-    random_patches,
-    semantic_relation,
-    take_patches,
-)
+from CUT_nce import ProjectionHeads, infonce, patch_nce, semantic_relation
 
 TAPS = ["pix", "d128", "d256", "R256_1", "R256_2"]
 SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--n-layers", "2", "--device", "cpu"]
@@ -86,18 +76,18 @@ def test_random_patches_are_distinct_uniform_and_at_most_all():
     torch.manual_seed(0)
     feature, counts = torch.zeros(2, 3, 4, 6), torch.zeros(24)
     for _ in range(400):
-        where = random_patches(feature, 5)
+        where = CUT_nce.random_patches(feature, 5)
         assert where.shape == (5,) and len(set(where.tolist())) == 5
         counts[where] += 1
     mean = 400 * 5 / 24
     assert (abs(counts - mean) < 5 * mean**0.5).all()
-    assert sorted(random_patches(feature, 100).tolist()) == list(range(24))
+    assert sorted(CUT_nce.random_patches(feature, 100).tolist()) == list(range(24))
 
 
 @pytest.mark.parametrize("num_patches, rows", [(4, 4), (100, 12)])
 def test_attention_patches_are_the_rows_of_lowest_entropy(num_patches, rows):
     feature = noise(2, 5, 3, 4) * 1.5
-    found = attention_patches(feature, num_patches)
+    found = CUT_nce.attention_patches(feature, num_patches)
     assert found.shape == (2, rows, 12)
     for n in range(2):
         vectors = feature[n].flatten(1).T.numpy()  # (12, 5)
@@ -109,20 +99,20 @@ def test_attention_patches_are_the_rows_of_lowest_entropy(num_patches, rows):
 
 
 def test_attention_does_not_overflow():
-    found = attention_patches(torch.randn(1, 8, 4, 4) * 100, 3)
+    found = CUT_nce.attention_patches(torch.randn(1, 8, 4, 4) * 100, 3)
     torch.testing.assert_close(found.sum(2), torch.ones(1, 3))
 
 
 def test_take_patches():
     feature, where = noise(2, 5, 3, 4), torch.tensor([11, 0, 6])
-    found = take_patches(feature, where)
+    found = CUT_nce.take_patches(feature, where)
     assert found.shape == (2, 3, 5)
     for n in range(2):
         for s, position in enumerate(where.tolist()):
             assert torch.equal(found[n, s], feature[n, :, position // 4, position % 4])
     rows = torch.rand(2, 3, 12, dtype=torch.float64)
     expected = np.einsum("nsp,ncp->nsc", rows.numpy(), feature.flatten(2).numpy())
-    np.testing.assert_allclose(take_patches(feature, rows).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(CUT_nce.take_patches(feature, rows).numpy(), expected, rtol=1e-12)
 
 
 # --------------------------------------------------------------------------------------- contrasts
@@ -166,9 +156,9 @@ def numpy_semantic_relation(q, k, _tau):
 
 CONTRASTS = {
     "infonce": (infonce, numpy_infonce),
-    "ence": (ence, numpy_ence),
-    "hdce": (hdce, numpy_hdce),
-    "semantic_relation": (lambda q, k, _tau: semantic_relation(q, k), numpy_semantic_relation),
+    "ence": (CUT_nce.ence, numpy_ence),
+    "hdce": (CUT_nce.hdce, numpy_hdce),
+    "semantic_relation": (lambda q, k, _: semantic_relation(q, k), numpy_semantic_relation),
 }
 
 

@@ -133,7 +133,7 @@ def test_a_changed_training_set_is_noticed_by_its_names(run, capsys, change):
 
 
 def test_what_a_run_leaves(run, monkeypatch):
-    if run.method == "pix2pix":  # the figure takes nine tenths of the time
+    if run.method == "pix2pix":
         patch_run(monkeypatch, run.method, Figure=Figure)
     assert run(*FOUR_EPOCHS, "--sample-every", "2") == 0
     fakes = {f"{side}_G{epoch}.png" for epoch in (1, 3, 4) for side in "xy"}

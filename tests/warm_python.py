@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import runpy
-import shlex
 import socket
 import sys
 import traceback
@@ -19,10 +18,10 @@ from pathlib import Path
 def ask(path, words):
     """Has the server run `python WORDS` with this process's streams. Returns the exit status."""
     streams = [number for number in range(3) if Path(f"/dev/fd/{number}").exists()]
-    with socket.socket(socket.AF_UNIX) as server:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(path)
         message = json.dumps([words, os.getcwd(), dict(os.environ), streams]).encode()
-        socket.send_fds(server, [message + bytes(1)], streams)
+        socket.send_fds(server, [message], streams)
         return int(server.recv(99))
 
 
@@ -30,29 +29,24 @@ def serve(folder):
     """Answers for ever. In the forked processes returns what was asked for."""
     for name in ("matplotlib.figure", "torch.distributed.run", "torchvision.transforms.v2"):
         importlib.import_module(name)
-
-    words = [sys.executable, "-S", "-E", __file__, f"{folder}/socket"]
-    sys.executable = f"{folder}/python"  # for processes that commands start
-    Path(sys.executable).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-    Path(sys.executable).chmod(0o755)
-    server = socket.socket(socket.AF_UNIX)
+    server, python = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), Path(folder, "python")
     server.bind(f"{folder}/socket")
-    server.listen(99)
+    server.listen()
+    server.settimeout(3600)  # if nobody ends it
+    words = f"'{sys.executable}' -SE '{__file__}' '{folder}/socket'"
+    python.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    python.chmod(0o755)
+    sys.executable = str(python)  # for processes that commands start
     print("ready", flush=True)
-    while True:
-        connection, _ = server.accept()
-        if os.fork() == 0:
-            break
-        connection.close()
+    connection, _ = server.accept()
+    while os.fork():
+        connection, _ = server.accept()  # which closes the last one here
     message, received, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-    while message[-1]:
-        message += connection.recv(1 << 20)
     if pid := os.fork():
         connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
-    words, place, environment, streams = json.loads(message[:-1])
-    for number in range(3):
-        os.close(number)
+    words, place, environment, streams = json.loads(message)
+    os.closerange(0, 3)
     for number, stream in zip(streams, received, strict=True):
         os.dup2(stream, number)
     sys.stdout = sys.stdout if 1 in streams else None
@@ -75,9 +69,10 @@ def run(kind, *words):
             sys.path[0] = os.path.dirname(os.path.abspath(kind))
             runpy.run_path(kind, run_name="__main__")
     except SystemExit as ended:
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-        return 1 if isinstance(ended.code, str) else ended.code or 0
+        if not isinstance(ended.code, str):
+            return ended.code or 0
+        print(ended.code, file=sys.stderr)
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1
