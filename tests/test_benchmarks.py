@@ -33,12 +33,8 @@ VARIANTS = {
     "CUT": ["", "--buffer-size 1 --antialias --ema 0.9", "--fast"],
 }
 VARIANTS["CUT"] += ["--query attention --nce ence", "--nce hdce --src-ratio 0.05 --no-detach"]
-STEPS = [
-    (m, f, p) for m in METHODS for f in VARIANTS[m] for p in ("fp32", "bf16", *["tf32"] * (not f))
-]
-
-
-# ---------------------------------------------------------- the step on CUDA tensors without values
+PRECISIONS = ("fp32", "bf16", "tf32")  # the last with the default flags alone
+STEPS = [(m, f, p) for m in METHODS for f in VARIANTS[m] for p in PRECISIONS[: 2 + (not f)]]
 
 
 @torch.no_grad()
@@ -94,12 +90,11 @@ def fake_cuda(monkeypatch):
     rand, randint = torch.rand, torch.randint
     coins = itertools.cycle((0.0, 0.8))
 
-    monkeypatch.setattr(
-        torch, "rand", lambda *a, **k: rand(*a, **k) if a != ((),) or k else next(coins)
-    )
-    monkeypatch.setattr(
-        torch, "randint", lambda *a, **k: randint(*a, **k) if a[1] != () or k else 0
-    )
+    def coin(*a, **k):
+        return rand(*a, **k) if a != ((),) or k else next(coins)
+
+    monkeypatch.setattr(torch, "rand", coin)
+    monkeypatch.setattr(torch, "randint", lambda *a: randint(*a) if a[1] != () else 0)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss, inputs: backward(loss, inputs))
     monkeypatch.setattr(torch.nn.Module, "to", lambda net, *_: net)  # cannot swap fake weights
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -128,9 +123,8 @@ def steps_on_cuda(method, flags, precision):
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # deepcopy asks
 @pytest.mark.parametrize("method, flags, precision", STEPS)
-def test_a_step_on_cuda_neither_mixes_devices_nor_uploads_nor_reads(
-    fake_cuda, method, flags, precision
-):
+def test_a_step_on_cuda_is_on_cuda_alone(fake_cuda, method, flags, precision):
+    """It neither mixes devices nor uploads nor reads."""
     nets, losses, watch = steps_on_cuda(method, flags, precision)
     assert all(loss.shape == () and loss.dtype == torch.float32 for loss in losses.values())
     for name, part in nets.items():
@@ -145,23 +139,17 @@ def test_a_step_on_cuda_neither_mixes_devices_nor_uploads_nor_reads(
         assert dtypes == {expected}
 
 
-@pytest.mark.parametrize(
-    "act, error",
-    [
-        (lambda x: x * torch.tensor([2.0]).to(x.device), "cpu"),
-        (lambda x: x + x.new_tensor([2.0]), "cpu"),
-        (lambda x: x[torch.tensor([0])], "cpu"),
-        (lambda x: x.sum().item(), "_local_scalar_dense"),
-        (lambda x: bool((x > 0).all()), "_local_scalar_dense"),
-        (lambda x: x[x > 0], "nonzero"),
-    ],
-)
+@pytest.mark.parametrize("act, error", [
+    (lambda x: x * torch.tensor([2.0]).to(x.device), "cpu"),
+    (lambda x: x + x.new_tensor([2.0]), "cpu"),
+    (lambda x: x[torch.tensor([0])], "cpu"),
+    (lambda x: x.sum().item(), "_local_scalar_dense"),
+    (lambda x: bool((x > 0).all()), "_local_scalar_dense"),
+    (lambda x: x[x > 0], "nonzero"),
+])  # fmt: skip
 def test_uploads_and_reads_are_noticed(fake_cuda, act, error):
     with pytest.raises(Exception, match=error), OnlyCuda():
         act(torch.ones(2, device=CUDA))
-
-
-# ---------------------------------------------------------------------- what the run does for a GPU
 
 
 @pytest.mark.parametrize(
@@ -236,9 +224,8 @@ def test_blur_filters_move_with_the_network_and_stay_out_of_checkpoints(method):
 
 
 @pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
-def test_processes_gather_cpu_tensors_and_a_loaded_buffer_returns_cuda_tensors(
-    method, monkeypatch, fake_cuda
-):
+def test_processes_gather_cpu_tensors(method, monkeypatch, fake_cuda):
+    """And a buffer that was loaded returns CUDA tensors."""
     train, gathered = load_script(method), []
     buffer = train.ImageBuffer(1)
     buffer(torch.rand(1, 3, 4, 4, device=CUDA))
@@ -248,9 +235,8 @@ def test_processes_gather_cpu_tensors_and_a_loaded_buffer_returns_cuda_tensors(
         raise InterruptedError
 
     patch_run(monkeypatch, method, gather=gather, random_states=lambda *_: [])
-    run = SimpleNamespace(
-        nets={"buffer_y": buffer}, read_losses=lambda: None, device=CUDA, networks={}
-    )
+    parts = {"nets": {"buffer_y": buffer}, "networks": {}, "device": CUDA}
+    run = SimpleNamespace(**parts, read_losses=lambda: None)
     with pytest.raises(InterruptedError):
         train.Run.save(run)
     (image,) = [t for t in tree_leaves(gathered) if isinstance(t, torch.Tensor)]
@@ -325,9 +311,7 @@ def test_flops_of_a_convolution():
     assert step_time.count_flops(lambda: layer(x).sum().backward()) == 3 * forward
 
 
-def test_the_table_has_medians_and_a_row_for_a_configuration_that_fails(
-    tmp_path, monkeypatch, warm_python
-):
+def test_the_table_of_medians_and_failures(tmp_path, monkeypatch, warm_python):
     monkeypatch.setattr(sys, "executable", warm_python)
     argv = ["--method", METHODS[-1], "--image-size", "32", "--device", "cpu"]
     failed = step_time.Process("fp32+graph", argv, tmp_path)

@@ -32,9 +32,6 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-# ---------------------------------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_saves_and_says_how_to_continue(run, straight, at_step, capsys, name):
     number = getattr(signal, name)
@@ -98,9 +95,6 @@ def test_closed_and_full_streams_do_not_end_a_run(run, straight, redirection, wa
     assert_same(run.traces(), straight)
 
 
-# ------------------------------------------------------------------------------------------ kills
-
-
 def test_killed_while_saving_and_at_any_moment_resumes_exactly(run, straight):
     saves = []
 
@@ -159,9 +153,6 @@ sys.modules["kept"] = batches
 raise SystemExit(3)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 3
-
-
-# ----------------------------------------------------------------------------------------- errors
 
 
 def assert_same_training(run, straight):
@@ -288,18 +279,15 @@ def test_weights_that_are_not_finite_are_not_saved(run, at_step, capsys):
 
 
 @one_method
-@pytest.mark.parametrize(
-    "error, way_out",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--batch-size"),
-        (RuntimeError("MPS backend out of memory"), "--batch-size"),
-        (MemoryError(), "--batch-size"),
-        (RuntimeError("unable to open shared memory object </torch_1>"), "--shm-size"),
-        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error."), "--shm-size"),
-        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--num-workers 0"),
-        (OSError(28, "No space left on device"), "No space left"),
-    ],
-)
+@pytest.mark.parametrize("error, way_out", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "--batch-size"),
+    (RuntimeError("MPS backend out of memory"), "--batch-size"),
+    (MemoryError(), "--batch-size"),
+    (RuntimeError("unable to open shared memory object </torch_1>"), "--shm-size"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error."), "--shm-size"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--num-workers 0"),
+    (OSError(28, "No space left on device"), "No space left"),
+])  # fmt: skip
 def test_a_lack_of_memory_is_one_line_with_the_way_out(run, at_step, capsys, error, way_out):
     def fail(*_):
         raise error
@@ -315,9 +303,6 @@ def test_a_bug_keeps_its_traceback(run, at_step):
     at_step(1, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(*FOUR_EPOCHS)
-
-
-# --------------------------------------------------------------------------------------- torchrun
 
 
 def port():

@@ -78,9 +78,6 @@ def first_run(root):
     return read(build(root))["runs"]["cycleGAN/first"]
 
 
-# ----------------------------------------------------------------------------- finding the runs
-
-
 def test_the_newest_runs_come_first(root):
     for time, name in ((10, "CUT/middle"), (5, "CUT/old"), (20, "pix2pix/new")):
         write_run(root, name, time=time)
@@ -119,24 +116,18 @@ def test_runs_are_selected(root, capsys, globs, names):
     assert re.search(message, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--root", "nowhere"], "no runs in nowhere: train one first"),
-        (["--runs", "CUT/x*"], "--runs CUT/x* matches none of 1 runs: cycleGAN/first"),
-        (["--output", "no/such/index.html"], "No such file"),
-        (["--run", "x"], "unrecognized arguments: --run"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--root", "nowhere"], "no runs in nowhere: train one first"),
+    (["--runs", "CUT/x*"], "--runs CUT/x* matches none of 1 runs: cycleGAN/first"),
+    (["--output", "no/such/index.html"], "No such file"),
+    (["--run", "x"], "unrecognized arguments: --run"),
+])  # fmt: skip
 def test_refusals(root, flags, message):
     write_run(root)
     command = [sys.executable, SCRIPT, "--root", root, *flags]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.startswith("gallery.py: error: ") and done.stderr.count("\n") == 1
-
-
-# ----------------------------------------------------------------------------- reading one run
 
 
 def test_grids_and_losses(root):
@@ -242,9 +233,6 @@ def test_without_the_method_the_typed_flags_differ(root, key):
 def test_defaults_of_the_methods(method):
     gallery.defaults.cache_clear()
     assert gallery.defaults(method)["lr"] == 2e-4
-
-
-# ------------------------------------------------------------------------------------- the page
 
 
 def test_nothing_in_a_name_or_a_flag_breaks_out(root):

@@ -225,11 +225,8 @@ def test_cycleGAN_gan_cycle_identity_and_pix(flags, cycle, identity, pix, pool):
 )
 def test_CUT_gan_NCE_and_total(flags, weights):
     """With one tap and all positions; G's features at a tap are t-dependent, the keys are not."""
-    (x, y), args, train = (
-        batch(1, 4),
-        parse("CUT", *flags, "--feat-str", "d128"),
-        load_script("CUT"),
-    )
+    (x, y), train = batch(1, 4), load_script("CUT")
+    args = parse("CUT", *flags, "--feat-str", "d128")
     args.tau = 0.7
 
     def H(_tap, patches):
@@ -246,10 +243,8 @@ def test_CUT_gan_NCE_and_total(flags, weights):
         return (np.log(np.exp(logits).sum(1)) - np.diag(logits)).mean()
 
     def relation(query, key):
-        p, r = (
-            np.exp(z.T @ z) / np.exp(z.T @ z).sum(1, keepdims=True)
-            for z in (image[0].reshape(3, -1) for image in (query, key))
-        )
+        gram = [np.exp(z.T @ z) for z in (image[0].reshape(3, -1) for image in (query, key))]
+        p, r = (g / g.sum(1, keepdims=True) for g in gram)
         m = (p + r) / 2
         return ((p * np.log(p / m) + r * np.log(r / m)) / 2).sum()
 
@@ -317,9 +312,7 @@ def test_gradients_are_averaged_over_processes_before_the_step(method, monkeypat
     assert torch.equal(p, before)
 
 
-def test_D_learns_from_real_images_and_what_the_buffer_returns(
-    method, monkeypatch, float64_outputs
-):
+def test_D_learns_from_real_images_and_the_buffer(method, monkeypatch, float64_outputs):
     """pix2pix has no buffer: there D learns from the detached G(x)."""
     nets, args = small_nets(method)
     (x, y), train, stored = batch(), load_script(method), {}

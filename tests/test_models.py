@@ -76,9 +76,6 @@ def judge(method, D, x):
     return D(x, x) if method == "pix2pix" else D(x)
 
 
-# --------------------------------------------------------------------------------------- structure
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("method, name", REFERENCES)
 def test_outputs_equal_the_authors(method, name, float64_outputs):
@@ -171,9 +168,6 @@ def test_initial_weights(method):
             assert abs(values.std() - 1) < 5 / len(values) ** 0.5 and abs(values).max() > 2
 
 
-# -------------------------------------------------------------------------------------- the U-Net
-
-
 def unet(*arguments):
     return make("pix2pix", "UNetGenerator", *arguments)
 
@@ -200,9 +194,6 @@ def test_dropout_in_the_first_three_layers_of_the_decoder():
     assert places(unet(64, 4)) == [True] * 2 + [False] * 3  # CD512 exists twice
     assert places(unet(256, 4, (2, 3, 4))) == [False] + [True] * 3 + [False] * 3
     assert not any(isinstance(m, nn.Dropout) for down in unet(256, 4).down for m in down)
-
-
-# --------------------------------------------------------------------------- residual blocks, taps
 
 
 @pytest.mark.parametrize("method", UNPAIRED)
@@ -251,9 +242,6 @@ def test_encoding_stops_after_the_last_tap_with_the_same_result(last):
         assert called == names[1 : last + 1] and len(features) == len(taps)
         for tap, feature in zip(taps, features, strict=True):
             assert torch.equal(feature, expected[tap]), tap
-
-
-# ----------------------------------------------------------------------------------- anti-aliasing
 
 
 def along_both(function, image):
@@ -315,9 +303,6 @@ def test_down_sampler_equals_numpy(blur, pool):
     expected = expected.reshape(2, 3, 12 // pool, pool, 18 // pool, pool).mean((3, 5))
     found = make("cycleGAN", "DownSampler", blur, pool)(x)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
-
-
-# -------------------------------------------------------------------------------- the image buffer
 
 
 def numbered(first, count):

@@ -50,9 +50,6 @@ def slopes(function, array, step=1e-6):
     return gradient
 
 
-# ------------------------------------------------------------------------------- heads and patches
-
-
 def test_heads_return_unit_vectors_and_each_tap_has_its_own():
     torch.manual_seed(0)
     H = ProjectionHeads([3, 8, 8], width=16).double()
@@ -113,9 +110,6 @@ def test_take_patches():
     rows = torch.rand(2, 3, 12, dtype=torch.float64)
     expected = np.einsum("nsp,ncp->nsc", rows.numpy(), feature.flatten(2).numpy())
     np.testing.assert_allclose(CUT_nce.take_patches(feature, rows).numpy(), expected, rtol=1e-12)
-
-
-# --------------------------------------------------------------------------------------- contrasts
 
 
 def numpy_infonce(q, k, tau):
@@ -216,9 +210,6 @@ def test_infonce_equals_the_authors(images, entry):
     np.testing.assert_allclose(infonce(q, k, 0.07).flatten().numpy(), expected, rtol=1e-12)
 
 
-# --------------------------------------------------------------------------------------- patch_nce
-
-
 def toy_H(_tap, patches):
     """No head at all: unit vectors of the features themselves. (N, S, C)."""
     return normalize(patches, dim=2)
@@ -248,9 +239,7 @@ def test_patch_nce_is_the_mean_over_taps_images_and_patches(monkeypatch, tau):
 
 @pytest.mark.parametrize("nce", ["infonce", "ence", "hdce"])
 def test_the_selected_contrast_and_relation_are_used(monkeypatch, nce):
-    used = {
-        n: spy(monkeypatch, CUT_nce, n) for n in ("infonce", "ence", "hdce", "semantic_relation")
-    }
+    used = {name: spy(monkeypatch, CUT_nce, name) for name in CONTRASTS}
     args = parse("--nce", nce, "--tau", "0.2", "--src-ratio", "0.5")
     found = patch_nce(toy_H, features(0), features(1), args)
     names = (nce, "semantic_relation")
@@ -271,22 +260,15 @@ def test_query_and_key_come_from_the_same_positions(monkeypatch, query):
 
 
 def test_attention_of_the_keys_selects_at_the_last_two_taps(monkeypatch):
-    random, attended = (
-        spy(monkeypatch, CUT_nce, "random_patches"),
-        spy(monkeypatch, CUT_nce, "attention_patches"),
-    )
+    random = spy(monkeypatch, CUT_nce, "random_patches")
+    attended = spy(monkeypatch, CUT_nce, "attention_patches")
     keys = [key.requires_grad_() for key in features(1)]
     args = parse("--query", "attention", "--num-patches", "7", "--no-detach")
     patch_nce(toy_H, features(0), keys, args)
     assert [arguments[0].shape[1] for arguments, _ in random] == [3]
-    assert all(
-        torch.equal(arguments[0], key)
-        for (arguments, _), key in zip(attended, keys[1:], strict=True)
-    )
+    for (arguments, _), key in zip(attended, keys[1:], strict=True):
+        assert torch.equal(arguments[0], key)
     assert all(not rows.requires_grad and rows.shape == (2, 7, 16) for _, rows in attended)
-
-
-# --------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -294,10 +276,8 @@ def test_attention_of_the_keys_selects_at_the_last_two_taps(monkeypatch):
 @pytest.mark.parametrize("nce", ["infonce", "ence", "hdce"])
 def test_keys_are_detached_unless_no_detach(monkeypatch, nce, query, detach):
     """From the encoder and from the heads; those of the semantic relation always."""
-    calls, relations = (
-        spy(monkeypatch, CUT_nce, nce),
-        spy(monkeypatch, CUT_nce, "semantic_relation"),
-    )
+    calls = spy(monkeypatch, CUT_nce, nce)
+    relations = spy(monkeypatch, CUT_nce, "semantic_relation")
     switch = "--detach" if detach else "--no-detach"
     nets, args = large_nets(switch, "--nce", nce, "--query", query, "--src-ratio", "1")
     queries, keys = (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import METHODS, ROOT, load_script, picture
+from conftest import METHODS, ROOT, commands_here, load_script, picture
 
 OLD = ROOT / "tests" / "old_checkpoints"  # written by commit c8368aa, with an image and its result
 IDENTITY = (lambda x: x, 4, 32)
@@ -20,17 +20,11 @@ IDENTITY = (lambda x: x, 4, 32)
 
 @pytest.fixture
 def module(method, monkeypatch):
-    """translate.py, which imports from the `train` of its folder; what main changes is restored."""
+    """translate.py, which imports from the `train` of its folder."""
     monkeypatch.setitem(sys.modules, "train", load_script(method))
-    module = load_script(method, "translate")
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, getattr(sys, name))
     sys.modules[f"{method}_dataset"].NOTED.clear()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    yield module
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with commands_here(method):
+        yield load_script(method, "translate")
 
 
 @pytest.fixture
@@ -107,9 +101,6 @@ def messages(capsys):
     """The lines of standard error, without the progress bar."""
     text = capsys.readouterr().err.replace("\r", "\n")
     return [line for line in text.splitlines() if line.strip() and "img/s" not in line]
-
-
-# --------------------------------------------------------------------------------------- results
 
 
 @pytest.mark.parametrize("multiple", [4, 256])
@@ -198,9 +189,8 @@ def test_checkpoints_of_earlier_commits_give_the_same_pixels(method, module, nam
     assert difference.max() <= ("antialias" in name)  # the blurs round differently
 
 
-def test_a_folder_copied_out_alone_works_with_closed_streams(
-    method, checkpoint, tmp_path, warm_python
-):
+def test_a_folder_copied_out_alone_works(method, checkpoint, tmp_path, warm_python):
+    """And without streams."""
     code, source = tmp_path / "code" / method, write_images(tmp_path / "in", (45, 33))
     shutil.copytree(ROOT / method, code, ignore=shutil.ignore_patterns("__pycache__", "model"))
     command = [warm_python, code / "translate.py", "--checkpoint", checkpoint]
@@ -208,9 +198,6 @@ def test_a_folder_copied_out_alone_works_with_closed_streams(
     shell = " ".join(map(str, command)) + " >&- 2>&-"
     assert subprocess.run(shell, shell=True, cwd=tmp_path, timeout=120, check=False).returncode == 0
     assert pixels(tmp_path / "out" / "0.png").shape == (33, 45, 3)
-
-
-# ------------------------------------------------------------------------------- names and places
 
 
 def test_the_folder_of_a_run_stands_for_its_checkpoint(method, module, tmp_path, monkeypatch):
@@ -259,9 +246,6 @@ def test_results_are_overwritten_unless_skipped(module, tmp_path, capsys):
     assert contents(out) == {**made, "0.png": b"mine", "0001.tmp": b"mine"}
     assert run(module, "c.pt", source, out) == 0
     assert contents(out) == {**made, "0001.tmp": b"mine"}
-
-
-# ---------------------------------------------------------------------------------------- failures
 
 
 def test_images_that_fail_are_named_and_skipped(module, monkeypatch, tmp_path, capsys):
