@@ -18,15 +18,10 @@ from tqdm import tqdm
 import parity
 import plain
 import step_time
-from conftest import METHODS, ROOT, load_script, patch_run, write_pairs
+from conftest import METHODS, ROOT, SMALL, load_script, patch_run, write_pairs
 
 CUDA = torch.device("cuda:0")
-SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4"]
-NARROW = {
-    "pix2pix": SMALL,
-    "cycleGAN": [*SMALL, "--n-layers", "1"],
-    "CUT": [*SMALL, "--n-layers", "5", "--num-patches", "64"],
-}
+NARROW = {m: ["--image-size", "32", "--ngf", "4", "--ndf", "4", *SMALL[m][1]] for m in METHODS}
 VARIANTS = {
     "pix2pix": ["", "--ema 0.9"],
     "cycleGAN": ["", "--antialias --ema 0.9", "--identity-ratio 5 --pix-loss --pix-blur"],
