@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -168,31 +169,17 @@ def test_the_gpu_is_selected_and_tf32_set(method, name, precision, index, monkey
 
 @pytest.mark.parametrize("kind, pinned", [("cpu", False), ("cuda", True), ("mps", False)])
 def test_copies_are_asynchronous_from_pinned_memory_to_cuda_only(method, kind, pinned, monkeypatch):
-    train, copies = load_script(method), []
-
-    class Images:
-        def to(self, device, non_blocking=False):
-            copies.append((device.type, non_blocking))
-            return torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
-
-        def __len__(self):
-            return 1
-
-    class Loader:
-        def __init__(self, _data, pin_memory=False, **_):
-            self.pin_memory = pin_memory
-
-        def __iter__(self):
-            yield Images(), Images()
-
-    patch_run(monkeypatch, method, DataLoader=Loader)
-    args, data = train.parse_args([]), torch.nn.ParameterList([torch.zeros(1)])
+    images, loader, train = MagicMock(), MagicMock(), load_script(method)
+    images.to.return_value = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    loader.return_value.__iter__.return_value = iter([(images, images)])
+    loader.return_value.pin_memory = pinned
+    patch_run(monkeypatch, method, DataLoader=loader)
+    data, device = torch.nn.ParameterList([torch.zeros(1)]), torch.device(kind)
     data.files = []
-    run = train.Run(args, {}, data, torch.device(kind))
+    run = train.Run(train.parse_args([]), {}, data, device)
     run.bar = tqdm(total=1, leave=False)
-    assert run.loader.pin_memory == pinned
-    assert len(next(run.batches())) == 2
-    assert copies == [(kind, pinned)] * 2
+    assert len(next(run.batches())) == 2 and loader.call_args.kwargs["pin_memory"] == pinned
+    assert images.to.call_args_list == [call(device, non_blocking=pinned)] * 2
 
 
 @pytest.mark.parametrize(

@@ -285,25 +285,19 @@ def test_each_step_reaches_only_its_own_networks(method, monkeypatch, float64_ou
     assert all(loss.shape == () for loss in losses.values())
 
 
-def test_gradients_do_not_accumulate_over_steps(method):
-    nets, _ = small_nets(method)
+def test_gradients_are_averaged_before_the_step_and_do_not_accumulate(method, monkeypatch):
+    nets, train = small_nets(method)[0], load_script(method)
     optimizer = nets["optimizer_D"]
     p = optimizer.param_groups[0]["params"][0]
+    optimizer.param_groups[0]["params"], before = [p], p.detach().clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "average_gradients", lambda ps: [q.grad.zero_() for q in ps])
+        train.descend((p**2).sum(), optimizer)
+    assert torch.equal(p, before)
     for _ in range(2):
         expected = 2 * p.detach().clone()
-        optimizer.param_groups[0]["params"] = [p]
-        load_script(method).descend((p**2).sum(), optimizer)
+        train.descend((p**2).sum(), optimizer)
         torch.testing.assert_close(p.grad, expected)
-
-
-def test_gradients_are_averaged_over_processes_before_the_step(method, monkeypatch):
-    nets, _ = small_nets(method)
-    train, optimizer = load_script(method), nets["optimizer_D"]
-    p = optimizer.param_groups[0]["params"][0]
-    optimizer.param_groups[0]["params"], before = [p], p.detach().clone()
-    monkeypatch.setattr(train, "average_gradients", lambda ps: [q.grad.zero_() for q in ps])
-    train.descend((p**2).sum(), optimizer)
-    assert torch.equal(p, before)
 
 
 def test_D_learns_from_real_images_and_the_buffer(method, monkeypatch, float64_outputs):

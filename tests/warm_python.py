@@ -84,8 +84,6 @@ if __name__ == "__main__":
         sys.exit(ask(sys.argv[1], sys.argv[2:]))
     status = run(*serve(sys.argv[1]))
     atexit._run_exitfuncs()
-    try:
-        sys.stdout and sys.stdout.flush()
-    except OSError:
-        status = 120  # as Python
+    if sys.stdout:
+        sys.stdout.flush()
     os._exit(status)
