@@ -87,8 +87,6 @@ def noise(*shape, seed=0):
     return torch.from_numpy(np.tanh(np.random.RandomState(seed).randn(*shape)))
 
 
-# -------------------------------------------------------------------------- small runs of train.py
-
 SMALL = {
     "pix2pix": (write_pairs, []),
     "cycleGAN": (write_unpaired, ["--n-layers", "1", "--buffer-size", "3"]),

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -182,27 +183,13 @@ def test_copies_are_asynchronous_from_pinned_memory_to_cuda_only(method, kind, p
     assert images.to.call_args_list == [call(device, non_blocking=pinned)] * 2
 
 
-@pytest.mark.parametrize(
-    "kind, fused", [("cpu", True), ("cuda", True), ("mps", True), ("meta", False)]
-)
+@pytest.mark.parametrize("kind, fused", [("cpu", 1), ("cuda", 1), ("mps", 1), ("meta", 0)])
 def test_adam_is_fused_where_torch_can(method, kind, fused):
     train = load_script(method)
     with FakeTensorMode():
         net = torch.nn.ParameterList([torch.empty(2, 2, device=kind)])
         optimizer = train.adam(train.parse_args([]), net)
     assert optimizer.defaults["fused"] == fused
-
-
-@pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
-def test_blur_filters_move_with_the_network_and_stay_out_of_checkpoints(method):
-    train = load_script(method)
-    args = train.parse_args([*NARROW[method], "--antialias"])
-    nets = train.build(args, torch.device("cpu"))
-    for net in (net for net in nets.values() if isinstance(net, torch.nn.Module)):
-        assert not any("filter" in name for name in net.state_dict())
-        filters = [b for name, b in net.to("meta").named_buffers() if "filter" in name]
-        assert all(b.device.type == "meta" for b in filters)
-        assert filters or net is nets.get("H")
 
 
 @pytest.mark.parametrize("method", ["cycleGAN", "CUT"])
@@ -323,12 +310,10 @@ def test_a_configuration_sets_the_environment_of_its_process(tmp_path, monkeypat
     assert step_time.Process("fp32@A=7", [], tmp_path).facts == {"A": 7}
 
 
-@pytest.mark.parametrize(
-    "found, expected", [((2.0, 1.0), 0.0), ((2.2, 1.0), 0.1), ((2.0, float("nan")), None)]
-)
-def test_parity_takes_the_largest_difference_and_notices_nan(found, expected):
-    gap = parity.difference(dict(zip("ab", found, strict=True)), {"a": 2.0, "b": 1.0})
-    assert gap != gap if expected is None else gap == pytest.approx(expected)
+@pytest.mark.parametrize("a, b, gap", [(2, 1, 0), (2.2, 1, 0.1), (2, math.nan, math.nan)])
+def test_parity_takes_the_largest_difference_and_notices_nan(a, b, gap):
+    found = parity.difference({"a": a, "b": b}, {"a": 2.0, "b": 1.0})
+    assert found == pytest.approx(gap, nan_ok=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs bash and GNU timeout")

@@ -100,9 +100,6 @@ def noise(rng, width, height):
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# --------------------------------------------------------------------------------------- geometry
-
-
 def test_crops_and_flips(method, tmp_path):
     """Each of 5 x 5 x 2 occurs; one for both halves of a pair, two for images without pairs."""
     data = dataset(method, write_ramps(method, tmp_path))
@@ -199,9 +196,6 @@ def test_load_size_follows_image_size(size, load_size):
     assert flags(METHODS[0], "root", "--image-size", str(size)).load_size == load_size
 
 
-# ------------------------------------------------------------------------ which images, which order
-
-
 @unpaired
 @pytest.mark.parametrize("counts", [(7, 3), (3, 7), (5, 5)])
 def test_an_epoch_is_the_longer_side_and_samples_the_shorter(method, tmp_path, counts):
@@ -246,9 +240,6 @@ def test_order_of_an_epoch():
     assert len(keys) == 9  # no image twice; two of eleven are left out
 
 
-# ------------------------------------------------------------------------------ the two datasets
-
-
 def test_test_images_are_whole_and_never_augmented(method, tmp_path):
     rng = np.random.default_rng(0)
     images = [(noise(rng, 32, 32), noise(rng, 32, 32)) for _ in range(2)]
@@ -288,9 +279,6 @@ def test_true_pairs_agree_in_name_and_size(method, tmp_path, capsys, name, size,
     _, test_set = build_data(method, tmp_path)
     assert load_script(method).true_pairs(test_set) == paired
     assert ("the error to it is measured" in capsys.readouterr().err) == paired
-
-
-# ---------------------------------------------------------------------------------------- formats
 
 
 def read(path):
@@ -390,9 +378,6 @@ def test_the_other_frames_of_a_file_change_nothing(tmp_path):
     struct.pack_into("<I", data, first + 2 + 12 * entries, len(data) + 9)  # where page two begins
     path.write_bytes(data)
     np.testing.assert_array_equal(read(path), np.rot90(page, -1))
-
-
-# ------------------------------------------------------------------------- bad files, odd files
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File Read")

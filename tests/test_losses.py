@@ -1,5 +1,5 @@
 """The losses of the three methods and their gradients against numpy; the training step: who learns
-from what, in which order; schedules; recorded losses of the first three steps.
+from what, in which order; schedules; recorded losses of three steps; a translation that is learned.
 """
 
 import copy
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import METHODS, ROOT, load_script, spy
+from conftest import METHODS, ROOT, load_script, picture, spy
 
 RECORDED = json.loads((ROOT / "tests" / "parity" / "first_steps.json").read_text())
 SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--device", "cpu", "--precision", "fp32"]
@@ -52,8 +52,6 @@ def coin(monkeypatch, heads):
 
     monkeypatch.setattr(torch, "rand", tossed)
 
-
-# --------------------------------------------------------------- losses and gradients, toy networks
 
 # Toy networks are arithmetic on arrays and a vector t of parameters, for torch and numpy alike. So
 # the losses below are functions of t, and their gradients can be compared with finite differences.
@@ -256,9 +254,6 @@ def test_CUT_gan_NCE_and_total(flags, weights):
     check_values_and_gradients(losses, plain)
 
 
-# ----------------------------------------------------------------------------- the step: discipline
-
-
 def test_each_step_reaches_only_its_own_networks(method, monkeypatch, float64_outputs):
     nets, args = small_nets(method)
     train, order, descend = load_script(method), [], load_script(method).descend
@@ -341,9 +336,6 @@ def test_each_adam_has_the_papers_settings_and_its_own_networks(method):
         assert [id(p) for p in group["params"]] == owned
 
 
-# -------------------------------------------------------------------- CUT: keys, flips, fewer calls
-
-
 @needs("CUT")
 @pytest.mark.parametrize("flags", [[], ["--NCE-ratio-id", "0"]], ids=str)
 @pytest.mark.parametrize("flipped", [False, True])
@@ -396,9 +388,6 @@ def test_fast_is_a_preset_that_typed_flags_override():
     assert preset("--fast", "--no-flip-equivariance") == (200, 10, 0, False)
 
 
-# ---------------------------------------------------------------------------------------- schedules
-
-
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 8, 200, 400])
 @pytest.mark.parametrize("method, fast", [(m, f) for m in METHODS for f in {False, m == "CUT"}])
 def test_learning_rate_is_constant_and_then_falls(method, epochs, fast):
@@ -410,9 +399,6 @@ def test_learning_rate_is_constant_and_then_falls(method, epochs, fast):
     rate = load_script(method).learning_rate
     assert [rate(args, epoch) for epoch in range(1, epochs + 1)] == pytest.approx(expected)
     assert not falling or rate(args, epochs + 1) == pytest.approx(0)
-
-
-# ---------------------------------------------------------------------------------- recorded losses
 
 
 def first_steps(method, flags):
@@ -435,3 +421,43 @@ def test_the_first_three_steps_are_those_recorded(case, float64_outputs):
         pytest.skip(f"there is no {method} folder")
     for found, expected in zip(first_steps(method, flags), RECORDED[case], strict=True):
         assert found == pytest.approx(expected, rel=1e-7)
+
+
+FAST = "--image-size 32 --ngf 8 --ndf 8 --lr 1e-3 --batch-size 2 --device cpu --precision fp32"
+TAPS = {"pix2pix": [], "cycleGAN": ["--n-layers", "1"]}
+TAPS["CUT"] = [*TAPS["cycleGAN"], "--feat-str", "d128, d256, R256_1"]
+
+
+def blobs(count, seed):
+    """Smooth blobs, (count, 3, 32, 32) in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    pixels = np.stack([picture(rng, 32, 32) for _ in range(count)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def through_red_glass(x):
+    """The true translation: green and blue are darker."""
+    return (x + 1) * torch.tensor([1.0, 0.2, 0.2]).view(3, 1, 1) - 1
+
+
+def test_the_error_falls_far_below_that_of_the_input(method):
+    train = load_script(method)
+    args = train.parse_args([*FAST.split(), *TAPS[method]])
+    torch.manual_seed(0)
+    nets = train.build(args, torch.device("cpu"))
+    x, test = blobs(16, seed=0), blobs(4, seed=1)
+    y = through_red_glass(x if method == "pix2pix" else blobs(16, seed=2))  # pairs only there
+
+    def error():
+        with torch.no_grad():
+            fakes = [nets["G"](image[None])[0] for image in test]
+        return (torch.stack(fakes) - through_red_glass(test)).abs().mean()
+
+    untrained, identity = error(), (test - through_red_glass(test)).abs().mean()
+    for step in range(80):
+        if step % 8 == 0:
+            order = [torch.randperm(16) for _ in range(2)]
+            order = order[:1] * 2 if method == "pix2pix" else order
+        batch = slice(2 * (step % 8), 2 * (step % 8) + 2)
+        train.training_step(nets, x[order[0][batch]], y[order[1][batch]], args)
+    assert error() < 0.6 * min(untrained, identity)

@@ -274,6 +274,7 @@ def test_blurs_equal_numpy(method, height, width):
         expected = [[along_both(line, channel) for channel in image] for image in x.numpy()]
         np.testing.assert_allclose(layer.double()(x).numpy(), expected, rtol=1e-12, atol=1e-14)
         assert list(layer.parameters()) == []
+    assert [b.is_meta for b in layers[0][0].to("meta").buffers()] == [True]  # moves with the net
 
 
 @pytest.mark.parametrize("method", UNPAIRED)

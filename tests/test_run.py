@@ -16,8 +16,6 @@ from PIL import Image
 
 from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, one_method, patch_run, spy
 
-# ---------------------------------------------------------------------------------- exact resume
-
 
 @pytest.mark.parametrize("step, workers", [(3, "20"), (5, "02"), (4, "00")])
 def test_stopped_and_resumed_equals_never_stopped(run, straight, step, workers):
@@ -129,9 +127,6 @@ def test_a_changed_training_set_is_noticed_by_its_names(run, capsys, change):
     assert any("999.png" in name for name in files) == (change == "renamed")
 
 
-# --------------------------------------------------------------------------------- files of a run
-
-
 def test_what_a_run_leaves(run, monkeypatch):
     if run.method == "pix2pix":
         patch_run(monkeypatch, run.method, Figure=Figure)
@@ -231,9 +226,6 @@ def test_a_model_folder_that_cannot_be_written_is_found_first(run, capsys):
     assert run.rows() == before and (run.folder / "val" / "x1.png").exists()
 
 
-# ---------------------------------------------------------------------------- --ema, --init-from
-
-
 def test_ema_averages_the_weights_that_it_leaves_alone(run, straight, monkeypatch):
     """The same G; G_ema follows the formula, resumes, and is what grids show."""
     weights, update = [], run.module.update_averages
@@ -272,9 +264,6 @@ def test_init_from_takes_the_weights_only(run, monkeypatch):
     assert run(*flags, "--seed", "5") == 0
     assert_same(dict(first[0]), dict(source["G"]))
     assert len(first) == 6  # it starts at step 1
-
-
-# --------------------------------------------------------------------------- a checkpoint is input
 
 
 @one_method
@@ -375,8 +364,6 @@ def test_a_checkpoint_is_input_that_is_checked(stopped, capsys):
     stopped.checkpoint.write_bytes(whole)
     assert stopped.resume("--max-steps", "2") == 0
 
-
-# ------------------------------------------------------------------------------------------ flags
 
 BAD_FLAGS = [
     *("--batch-size 0", "--batch-size two", "--epochs -1", "--epochs 0", "--image-size -32"),
