@@ -239,9 +239,11 @@ def commands_here(*methods):
             patch_run(patch, method, Figure=MagicMock)
         for name, value in (("argv", ["train.py"]), ("stdout", sys.stdout), ("stderr", sys.stderr)):
             patch.setattr(sys, name, value)
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -179,7 +179,8 @@ def test_an_unreadable_image_saves_first(run, straight, at_step, capsys, workers
 @one_method
 def test_a_killed_loading_process_saves_first(run, straight, at_step, monkeypatch, capsys):
     """Killed in the middle of a step, as by the system when memory is short."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
+    loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(loader._try_get_data, "__defaults__", (0.3,))  # seconds between looks
 
     def kill(*_):
         os.kill(max(p.pid for p in multiprocessing.active_children()), signal.SIGKILL)
@@ -187,7 +188,7 @@ def test_a_killed_loading_process_saves_first(run, straight, at_step, monkeypatc
 
     at_step(3, kill)
     assert run(*SELDOM, "--num-workers", "2") == 2
-    assert "loading process" in error_line(capsys)
+    assert "data loader worker" in error_line(capsys)
     assert run.state()["progress"]["step"] > 2
     assert run.resume("--num-workers", "0") == 0
     assert_same_training(run, straight)
