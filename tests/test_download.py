@@ -23,9 +23,7 @@ import download
 SCRIPT = Path(__file__).resolve().parents[1] / "datasets" / "download.py"
 TAR, ZIP = "/pix2pix/datasets/facades.tar.gz", "/cyclegan/datasets/grumpifycat.zip"
 PAIRS = {f"facades/train/{i}.jpg": os.urandom(3000) for i in range(20)}  # gzip cannot shrink them
-SIDES = {
-    f"grumpifycat/{side}/{i}.PNG": os.urandom(500) for side in ("trainA", "trainB") for i in "12"
-}
+SIDES = {f"grumpifycat/train{side}/{i}.PNG": os.urandom(500) for side in "AB" for i in "12"}
 
 IGNORES = "ignores Range"  # a mood of the server
 TWIN = "/cyclegan/datasets/maps.zip"  # of the paired maps; it gets a name of its own

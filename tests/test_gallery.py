@@ -184,10 +184,8 @@ def test_losses_that_are_not_finite(root):
     table = "epoch,__proto__,constructor\n1,nan,1\n2,3,-inf\n3,,x\n4,5,1\n"
     (write_run(root) / "losses.csv").write_text(table)
     run = first_run(root)
-    assert run["notes"] == [
-        "losses.csv: __proto__ is not finite at epoch 1",
-        "losses.csv: constructor is not finite at epoch 2, 3",
-    ]
+    notes = ["__proto__ is not finite at epoch 1", "constructor is not finite at epoch 2, 3"]
+    assert run["notes"] == [f"losses.csv: {note}" for note in notes]
     assert run["losses"][0] == ["__proto__", [[1, None], [2, 3.0], [4, 5.0]]]
 
 

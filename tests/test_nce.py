@@ -279,10 +279,8 @@ def test_keys_are_detached_unless_no_detach(monkeypatch, nce, query, detach):
     relations = spy(monkeypatch, CUT_nce, "semantic_relation")
     switch = "--detach" if detach else "--no-detach"
     nets, args = large_nets(switch, "--nce", nce, "--query", query, "--src-ratio", "1")
-    queries, keys = (
-        [f.detach().requires_grad_() for f in nets["G"](noise(1, 3, 32, 32, seed=s), TAPS)[1]]
-        for s in (0, 1)
-    )
+    features = [nets["G"](noise(1, 3, 32, 32, seed=s), TAPS)[1] for s in (0, 1)]
+    queries, keys = ([f.detach().requires_grad_() for f in side] for side in features)
     loss, relation = patch_nce(nets["H"], queries, keys, args)
     (loss + relation).backward()
     assert all(f.grad.abs().max() > 0 for f in queries)

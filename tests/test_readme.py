@@ -58,8 +58,8 @@ def commands(page):
 def world(tmp_path, monkeypatch):
     """A working directory with the datasets, images and weights that the READMEs presuppose."""
     write_unpaired(write_pairs(tmp_path / "datasets", "facades", 2, 1), "monet2photo", (2, 2), 1)
-    folders = ("photos/summer", "photos/winter", "my_photos", "~/photos", "~/paintings")
-    for folder in (tmp_path / name for name in (*folders, "~/sketches")):
+    folders = "photos/summer photos/winter my_photos ~/photos ~/paintings ~/sketches DIR_X DIR_Y"
+    for folder in (tmp_path / name for name in folders.split()):
         folder.mkdir(parents=True)
         for name in "abcde":
             picture(np.random.default_rng(0), 32, 32).save(folder / f"{name}.png")

@@ -20,11 +20,10 @@ def sample(method, root, nets):
     measured = train.sample(nets, test_set, root, 7, CPU)
     grids = {file.stem: np.asarray(Image.open(file)) for file in root.glob("*.png")}
     assert all(grid.shape[0] == 36 for grid in grids.values())  # one row, 2 pixels between images
-    columns = {name: range(2, grid.shape[1] - 2, 34) for name, grid in grids.items()}
-    return measured, {
-        name: np.stack([grid[2:34, left : left + 32] for left in columns[name]])
-        for name, grid in grids.items()
-    }
+    for name, grid in grids.items():
+        columns = range(2, grid.shape[1] - 2, 34)
+        grids[name] = np.stack([grid[2:34, left : left + 32] for left in columns])
+    return measured, grids
 
 
 def real_images(method, root):
