@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import METHODS, ROOT, load_script, write_pairs, write_unpaired
+from conftest import METHODS, ROOT, error_line, load_script, write_pairs, write_unpaired
 
 
 @pytest.fixture
@@ -19,14 +19,9 @@ def error(tmp_path, capsys):
 
     def run(method, *flags):
         small = ["--image-size", "32", "--ngf", "2", "--ndf", "2", "--num-workers", "0"]
-        try:
-            status = load_script(method).main([*roots, *small, *flags])
-        except SystemExit as end:
-            status = end.code
-        captured = capsys.readouterr()
-        [line] = [line for line in captured.err.splitlines() if line[:6] != "note: "]
-        assert status == 2 and line.startswith("train.py: error: ")
-        return line
+        with pytest.raises(SystemExit, match=r"^2$"):
+            sys.exit(load_script(method).main([*roots, *small, *flags]))
+        return error_line(capsys)
 
     return run
 

@@ -11,7 +11,6 @@ import os
 import runpy
 import socket
 import sys
-import traceback
 from pathlib import Path
 
 
@@ -69,13 +68,9 @@ def run(kind, *words):
             sys.path[0] = os.path.dirname(os.path.abspath(kind))
             runpy.run_path(kind, run_name="__main__")
     except SystemExit as ended:
-        if not isinstance(ended.code, str):
-            return ended.code or 0
-        print(ended.code, file=sys.stderr)
-        return 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
+        if isinstance(ended.code, str):  # a message, which Python prints
+            raise
+        return ended.code or 0
     return 0
 
 
