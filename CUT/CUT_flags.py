@@ -54,7 +54,7 @@ def add_common_flags(parser, epochs):
     run("--sample-every", type=int, default=10, help="epochs between grids and checkpoints")
     run("--save-model", action="store_true", help="write a checkpoint to resume and translate with")
     run("--resume", action="store_true", help="continue from the checkpoint, with its flags")
-    run("--init-from", default="", help="checkpoint or run folder to take weights from")
+    run("--init-from", default="", help="checkpoint or run to take weights from; empty: none")
     run("--overwrite", action="store_true", help="delete an earlier run of this name")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     run("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="tf32: only on CUDA")
@@ -64,8 +64,9 @@ def add_common_flags(parser, epochs):
 def parse(parser, argv, saved):
     """The flags, checked. saved: those of a checkpoint, which take the place of the defaults."""
     defaults = vars(parser.parse_args([]))
-    # "auto" is the default where it is valid; earlier versions also had it for --precision.
-    saved = {n: v for n, v in (saved or {}).items() if n in defaults and v not in (None, "auto")}
+    saved = {n: v for n, v in (saved or {}).items() if n in defaults and v is not None}
+    if saved.get("precision") == "auto":  # of an earlier version: it took fp32 or bf16
+        del saved["precision"]
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for action in parser._actions[1:]:

@@ -17,7 +17,7 @@ def patch_nce(H, queries, keys, args):
     """Eq. 3, as a mean over taps: each patch of the output against all patches of the input.
 
     queries, keys: lists over taps of features (N, C, h, w). Returns two scalars: the NCE, and the
-    semantic relation loss (0 without --src-ratio).
+    semantic relation loss (0.0 without --src-ratio).
     """
     contrast = {"infonce": infonce, "ence": ence, "hdce": hdce}[args.nce]
     nce, relations = [], []
@@ -25,8 +25,8 @@ def patch_nce(H, queries, keys, args):
         # QS-Attn: attention selects patches at the last two taps; at the others they are random.
         attends = args.query == "attention" and tap >= len(keys) - 2
         choose = attention_patches if attends else random_patches
-        where = choose(key.detach(), args.num_patches)  # the same in query and key
-        q, k = H(tap, take_patches(query, where)), H(tap, take_patches(key, where))
+        places = choose(key.detach(), args.num_patches)  # the same in query and key
+        q, k = H(tap, take_patches(query, places)), H(tap, take_patches(key, places))
         k = k.detach() if args.detach else k
         nce.append(contrast(q, k, args.tau).mean())
         if args.src_ratio > 0:

@@ -97,7 +97,7 @@ def training_step(nets, x, y, args):
     fake_y, same_y = (image[:n], image[n:]) if identity else (image, None)
     keys_x, keys_y = halves(keys, n)
 
-    d = losses_D(D, y, nets["buffer_y"](fake_y), "D")
+    d = losses_D(D, y, nets["buffer_y"](fake_y), "D")  # the buffer detaches
     descend(d["D_total"], nets["optimizer_D"])
 
     g = losses_G(G, D, H, fake_y, same_y, keys_x, keys_y, flipped, args)
@@ -131,7 +131,7 @@ def descend(loss, *optimizers):
 def learning_rate(args, epoch):
     """Adam's rate in an epoch: constant, then linearly towards 0, from the half or 3/4 on."""
     decay = args.epochs // 4 if args.fast else args.epochs // 2  # FastCUT: 150 + 50 epochs
-    return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
+    return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))  # never 0
 
 
 # ------------------------------------------------------------------------------ networks and data
@@ -215,16 +215,16 @@ def true_pairs(test_set):
 def layout_error(args, expected, hint):
     """The UserError for a dataset that does not exist or is not laid out as `expected`."""
     name, folder = Path(args.data_folder), Path(args.data_root, args.data_folder)
-    where, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
+    place, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
     found = sorted(file.relative_to(folder).as_posix() for file in found)
     sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
-        where, found = f"no folder {folder}; {args.data_root} contains", sets
+        place, found = f"no folder {folder}; {args.data_root} contains", sets
         hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"
-    return UserError(f"{where} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
+    return UserError(f"{place} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
 
 
 # Differs from pix2pix/train.py: no pairs; what the translation does to its input

@@ -1,5 +1,5 @@
-"""What a run needs of the computer: device, processes, files, checkpoints, messages. The same in
-pix2pix, cycleGAN and CUT.
+"""What a run needs from the computer: device, processes, files, checkpoints, messages. The same in
+pix2pix, cycleGAN and CUT. translate.py uses it too.
 """
 
 import atexit
@@ -154,12 +154,13 @@ def lock(folder):
 
 def find_checkpoint(path):
     """The checkpoint that path is, or that of the run whose folder it is. UserError if missing."""
-    folder, is_run = path.resolve(), path.is_dir()
-    if folder.parent.parent.name == "visualize":  # visualize/<method>/<run-name>
-        folder, is_run = folder.parents[2] / folder.parent.name / "model" / folder.name, True
-    file = folder / "checkpoint.pt" if is_run else path
+    file = path.resolve()
+    if not path.is_file() and file.parent.parent.name == "visualize":  # <method>/<run-name>
+        file = file.parents[2] / file.parent.name / "model" / file.name / "checkpoint.pt"
+    elif path.is_dir():
+        file = file / "checkpoint.pt"
     if not file.exists():
-        runs = sorted(p.parent.name for p in folder.parent.glob("*/checkpoint.pt"))
+        runs = sorted(p.parent.name for p in file.parent.parent.glob("*/checkpoint.pt"))
         raise UserError(f"no checkpoint {file}; runs that have one: {', '.join(runs) or 'none'}")
     return file
 
@@ -212,7 +213,7 @@ def adopt_flags(args, argv):
     if not path.exists() and args.save_model:
         print("no checkpoint yet: the run starts from the beginning")
         return args
-    saved = read_checkpoint(find_checkpoint(path.parent))["args"]
+    saved = read_checkpoint(find_checkpoint(path))["args"]
     saved.update(run_name=args.run_name, output_root=args.output_root, overwrite=False, max_steps=0)
     args = parse_args(argv, saved=saved)
     for name, value in vars(args).items():

@@ -115,7 +115,7 @@ def learning_rate(args, epoch):
     """Adam's rate in an epoch: constant for the first half, then linearly towards 0."""
     # Paper and authors' code: the same.
     decay = args.epochs // 2
-    return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
+    return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))  # never 0
 
 
 # ------------------------------------------------------------------------------ networks and data
@@ -199,16 +199,16 @@ def true_pairs(test_set):
 def layout_error(args, expected, hint):
     """The UserError for a dataset that does not exist or is not laid out as `expected`."""
     name, folder = Path(args.data_folder), Path(args.data_root, args.data_folder)
-    where, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
+    place, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
     found = sorted(file.relative_to(folder).as_posix() for file in found)
     sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
-        where, found = f"no folder {folder}; {args.data_root} contains", sets
+        place, found = f"no folder {folder}; {args.data_root} contains", sets
         hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"
-    return UserError(f"{where} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
+    return UserError(f"{place} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
 
 
 # Differs from pix2pix/train.py: both directions, and what the translation does to light and dark

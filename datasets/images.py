@@ -81,6 +81,11 @@ def replacing(*targets):
     with tempfile.TemporaryDirectory(prefix=".new-", dir=parent) as aside:
         yield Path(aside)
         for target in targets:
-            if target.exists():
-                target.rename(Path(aside, f"old {target.name}"))
-            Path(aside, target.name).rename(target)
+            old = Path(aside, f"old {target.name}")
+            try:
+                if target.exists():
+                    target.rename(old)
+                Path(aside, target.name).rename(target)
+            finally:
+                if old.exists() and not target.exists():
+                    old.rename(target)

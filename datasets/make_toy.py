@@ -389,7 +389,7 @@ class Photo:
                 self.fill(inside(box, top=top), DARK, "round", alpha=16)
         else:  # flowers in a window box
             for x in np.arange(x0, x1 - 0.009, 0.01):
-                y = self.rng.uniform(y0, y1 - 0.024)
+                y = self.rng.uniform(y0, max(y0, y1 - 0.024))
                 self.fill((x, y, x + 0.01, y + 0.01), (214, 52, 66), "round")
             self.fill((x0, y1 - 0.016, x1, y1), (136, 84, 58))
 

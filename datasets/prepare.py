@@ -10,6 +10,7 @@ Folders are read at any depth and never changed. NAME appears only when it is co
 import argparse
 import shlex
 import shutil
+import signal
 from itertools import combinations
 from pathlib import Path
 
@@ -142,6 +143,8 @@ def parse_args(argv=None):
     flag("--data-root", type=Path, default=ROOT / "datasets", help="folder of the datasets")
     flag("--overwrite", action="store_true", help="replace the dataset if it exists [stop]")
     args = parser.parse_intermixed_args(argv)
+    if args.all and args.command != "split":
+        parser.error("--all is for split")
     if len(args.sources) != (1 if args.command == "split" else 2):
         parser.error("expected unpaired DIR_X DIR_Y NAME, pairs DIR_X DIR_Y NAME or split NAME NEW")
     if args.seed < 0 or args.test < 0:
@@ -169,6 +172,7 @@ def check(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         check(args)
         with replacing(args.target) as aside:

@@ -25,7 +25,7 @@ from subprocess import DEVNULL, Popen
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Run = namedtuple("Run", "method name flags questions", defaults=[""])  # that it helps to answer
+Run = namedtuple("Run", "method name flags questions", defaults=[""])  # questions: it answers them
 
 # What two CPU cores train in hours: 128 px, half the filters, six blocks, some 30,000 steps.
 CPU = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --n-layers 6 --precision bf16"
@@ -98,7 +98,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("run.py", None, __doc__, formatter_class=style)
     flag = parser.add_argument
     flag("--dry-run", action="store_true", help="print the commands, and the hours if known")
-    flag("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
+    flag("--jobs", type=int, choices=range(1, 17), metavar="N", default=1, help="at a time [1]")
     flag("--minutes", type=float, default=math.inf, help="save and stop after this long [no limit]")
     steps = {"type": float, "nargs": 3, "metavar": METHODS, "default": [0.0] * 3}
     flag("--seconds-per-step", **steps, help="of each method, for the hours [unknown]")

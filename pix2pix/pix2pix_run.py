@@ -34,9 +34,9 @@ def run_command(train, argv):
     except KeyboardInterrupt:  # before the first step
         return 130
     except Exception as error:
-        if system.explain(error) is None:
+        if (message := system.explain(error)) is None:
             raise
-        print(f"train.py: error: {system.explain(error)}", file=sys.stderr)
+        print(f"train.py: error: {message}", file=sys.stderr)
         return 2
     finally:
         if distributed.is_initialized():
@@ -143,7 +143,7 @@ class Run:
         self.order[:] = epoch_batches(*shape, RANK, WORLD_SIZE)[progress["batch"] :]
         self.bar.set_description(f"epoch {progress['epoch']}/{args.epochs}")
         batches = iter(self.loader)
-        if hasattr(signal, "SIGCHLD"):  # else torch reports a dead loading process within a step
+        if hasattr(signal, "SIGCHLD"):  # torch's handler of dead workers would raise within a step
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for batch in batches:
             self.intact, pinned = False, self.loader.pin_memory  # not intact within a step
@@ -174,13 +174,14 @@ class Run:
         rows, sums = [tensor.tolist() for tensor in self.pending], self.progress["sums"]
         self.pending, self.last_read = [], time.monotonic()
         for step, row in enumerate(rows, self.progress["step"] - len(rows) + 1):
-            for name, value in reversed([*zip(self.names, row, strict=True)]):  # terms, then totals
-                if not math.isfinite(value):
-                    self.intact = False
-                    kept = f"{self.checkpoint} is kept; " if self.checkpoint.exists() else ""
-                    advice = "try a lower --lr or --precision fp32, and look for odd images"
-                    raise UserError(f"{name} is {value} at step {step}; {kept}{advice}")
-                sums[name] = sums.get(name, 0.0) + value
+            losses = dict(zip(self.names, row, strict=True))
+            bad = [name for name, value in losses.items() if not math.isfinite(value)]
+            if bad:  # totals come first: the last one is a term
+                self.intact = False
+                safe = f"{self.checkpoint} is kept; " if self.checkpoint.exists() else ""
+                advice = "try a lower --lr or --precision fp32, and look for odd images"
+                raise UserError(f"{bad[-1]} is {losses[bad[-1]]} at step {step}; {safe}{advice}")
+            sums.update({name: sums.get(name, 0.0) + losses[name] for name in losses})
 
     def end_epoch(self, rate, sample):
         """Samples, logs and saves where that is due.
@@ -219,8 +220,8 @@ class Run:
         """Writes the checkpoint: all of rank 0, the random states and buffers of each process."""
         self.read_losses()
         state = {name: part.state_dict() for name, part in self.nets.items()}
-        own = {name: state[name] for name in state if name.startswith("buffer")}
-        ranks = system.gather({**own, "random": system.random_states(self.device)})
+        buffers = {name: state[name] for name in state if name.startswith("buffer")}
+        ranks = system.gather({**buffers, "random": system.random_states(self.device)})
         if not all(p.isfinite().all() for n in self.networks.values() for p in n.parameters()):
             raise UserError(f"a weight is not finite after step {self.progress['step']}; not saved")
         if RANK == 0:

@@ -77,7 +77,7 @@ def learning_rate(args, epoch):
     """Adam's rate in an epoch: constant for the first half, then linearly towards 0."""
     # Paper and authors' Lua code: constant. Authors' PyTorch code: as here.
     decay = args.epochs // 2
-    return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))
+    return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))  # never 0
 
 
 # ------------------------------------------------------------------------------ networks and data
@@ -143,16 +143,16 @@ def build_data(args):
 def layout_error(args, expected, hint):
     """The UserError for a dataset that does not exist or is not laid out as `expected`."""
     name, folder = Path(args.data_folder), Path(args.data_root, args.data_folder)
-    where, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
+    place, found = f"{folder} contains", [*folder.glob("[!.]*/*/")] or [*folder.glob("[!.]*")]
     found = sorted(file.relative_to(folder).as_posix() for file in found)
     sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
-        where, found = f"no folder {folder}; {args.data_root} contains", sets
+        place, found = f"no folder {folder}; {args.data_root} contains", sets
         hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"
-    return UserError(f"{where} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
+    return UserError(f"{place} {', '.join(found[:8]) or 'nothing'}; expected {expected}; {hint}")
 
 
 @torch.no_grad()

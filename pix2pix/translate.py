@@ -128,9 +128,9 @@ def main(argv=None):
             with system.replacing(path) as png:
                 image.save(png, Image.registered_extensions()[path.suffix.lower()], quality=95)
     except Exception as error:
-        if system.explain(error) is None:
+        if (message := system.explain(error)) is None:
             raise
-        print(f"translate.py: error: {system.explain(error)}", file=sys.stderr)
+        print(f"translate.py: error: {message}", file=sys.stderr)
         return 2
     print(f"{len(todo) - failed} translated, {len(results) - len(todo)} skipped, {failed} failed")
     return int(failed > 0)

@@ -238,6 +238,15 @@ def test_an_existing_dataset_is_replaced_only_with_overwrite(folders, tmp_path, 
         assert "overlap" in error_of(capsys, tmp_path, *words)
 
 
+def test_a_failed_move_keeps_the_old_dataset(folders, tmp_path, monkeypatch):
+    before, rename = tree(run(tmp_path, "unpaired", *folders, "mine")), Path.rename
+    new = lambda path: path.name == "mine" and path.parent.name.startswith(".new")  # noqa: E731
+    monkeypatch.setattr(Path, "rename", lambda a, b: 1 / 0 if new(a) else rename(a, b))
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, "unpaired", *folders, "mine", "--overwrite")
+    assert tree(tmp_path / "data") == before
+
+
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, OSError(28, "disk full")])
 def test_what_ends_early_leaves_the_old_dataset_and_nothing_else(
     folders, tmp_path, capsys, monkeypatch, ending

@@ -166,6 +166,7 @@ def test_losses_are_means_over_the_epochs_steps(run, monkeypatch):
     calls = spy(monkeypatch, run.module, "training_step")
     assert run(*FOUR_EPOCHS) == 0
     seen = [losses for _, losses in calls]
+    assert [name for name in run.rows()[0] if name in seen[0]] == [*seen[0]]  # G_total first
     for row, first in zip(run.rows(), range(0, 8, 2), strict=True):
         for name in seen[0]:
             mean = (seen[first][name] + seen[first + 1][name]).item() / 2

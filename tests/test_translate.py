@@ -198,10 +198,11 @@ def test_a_folder_copied_out_alone_works(method, checkpoint, tmp_path, warm_pyth
 
 def test_the_folder_of_a_run_stands_for_its_checkpoint(method, module, tmp_path, monkeypatch):
     write_checkpoint(method, module, tmp_path / method / "model" / "first" / "checkpoint.pt")
+    write_checkpoint(method, module, tmp_path / "visualize" / "any" / "x.pt")  # a file stays one
     source = write_images(tmp_path / "in", (32, 32))
     (tmp_path / "visualize" / method / "first").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "visualize")
-    for folder in (f"{method}/first", f"../{method}/model/first"):
+    for folder in (f"{method}/first", f"../{method}/model/first", "any/x.pt"):
         assert run(module, folder, source, tmp_path / "out" / folder[:2]) == 0
 
 
