@@ -183,6 +183,14 @@ class Run:
                 raise UserError(f"{bad[-1]} is {losses[bad[-1]]} at step {step}; {safe}{advice}")
             sums.update({name: sums.get(name, 0.0) + losses[name] for name in losses})
 
+    def row(self, rate):
+        """The epoch's row of losses.csv: what it took, and the mean of each loss."""
+        progress, seconds = self.progress, self.progress["seconds"]
+        images = min(progress["batch"] * self.args.batch_size * WORLD_SIZE, len(self.train_set))
+        row = {"epoch": progress["epoch"], "seconds": round(seconds, 2)}
+        row.update(images_per_second=round(images / max(seconds, 1e-9), 2), learning_rate=rate)
+        return {**row, **{name: v / progress["batch"] for name, v in progress["sums"].items()}}
+
     def end_epoch(self, rate, sample):
         """Samples, logs and saves where that is due.
 
@@ -191,12 +199,8 @@ class Run:
         args, progress, epoch = self.args, self.progress, self.progress["epoch"]
         complete, limit = progress["batch"] == self.epoch_steps, progress["step"] == args.max_steps
         due = limit or (complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs))
-        images = min(progress["batch"] * args.batch_size * WORLD_SIZE, len(self.train_set))
-        speed = round(images / max(progress["seconds"], 1e-9), 2)
-        row = {"epoch": epoch, "seconds": round(progress["seconds"], 2), "images_per_second": speed}
-        row["learning_rate"] = rate
-        row.update({name: total / progress["batch"] for name, total in progress["sums"].items()})
-        rows, measures = [*progress["rows"], row], {}
+        row, measures = self.row(rate), {}
+        rows = [*progress["rows"], row]
         if complete:
             progress.update(epoch=epoch + 1, batch=0, seconds=0.0, sums={}, rows=rows)
         if RANK == 0 and due:

@@ -4,7 +4,7 @@
 
 A small U-Net, the reader, learns the 12 classes of the CMP facades (background, facade, window,
 ...) on real photographs, in minutes, once. It then reads images that were generated from the test
-labels and have their stems. Real test photographs show what is good, their mean and noise what is bad.
+labels and have their stems. Compare with real test photographs, their mean and noise.
 """
 
 import argparse
