@@ -80,6 +80,7 @@ def augmentation(args, training):
     size = args.load_size if jitter else args.image_size
     size = size if args.fit == "crop" else (size, size)  # one number: the short side
     resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+    # Authors' CUT code: no random crops while the learning rate falls. Here: to the end.
     crop = (v2.RandomCrop if jitter else v2.CenterCrop)(args.image_size)
     flip = v2.RandomHorizontalFlip(0.5 if training and args.flip else 0.0)
     return v2.Compose([resize, crop, flip, v2.PILToTensor()])
@@ -124,7 +125,7 @@ class UnpairedDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([self.args.seed, epoch, index + 1])  # + 1: 0 is the order's
-        longer = max(self.sides, key=len)
+        longer = max(self.sides, key=len)  # Authors' code: x equally often, even if it is shorter
         files = [s[index if s is longer else rng.integers(len(s))] for s in self.sides]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(2**63)))

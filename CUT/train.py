@@ -201,7 +201,7 @@ def build_data(args):
         note("test", "test/x or test/y has no images: the grids show eight training images")
     if true_pairs(test_set):
         note("pairs", "each x of test/ has a y of its name and size: the error to it is measured")
-    for index in range(min(8, len(train_set))):  # notes what is odd, before loading processes can
+    for index in range(min(8, len(train_set))):  # notes what is odd, before loader workers can
         train_set[1, index]
     return train_set, test_set
 
@@ -263,7 +263,7 @@ def luminance_correlation(a, b):
 
 def save_grid(images, path):
     """Writes images, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
-    with replacing(path) as file:
+    with replacing(path) as file:  # Authors' code truncates to 8 bits. save_image rounds.
         save_image((torch.cat(images) + 1) / 2, file, format="png", nrow=len(images))
 
 

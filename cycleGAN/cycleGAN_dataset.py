@@ -124,7 +124,7 @@ class UnpairedDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([self.args.seed, epoch, index + 1])  # + 1: 0 is the order's
-        longer = max(self.sides, key=len)
+        longer = max(self.sides, key=len)  # Authors' code: x equally often, even if it is shorter
         files = [s[index if s is longer else rng.integers(len(s))] for s in self.sides]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(2**63)))

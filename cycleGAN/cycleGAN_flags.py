@@ -34,7 +34,7 @@ def add_common_flags(parser, epochs):
     data("--swap-xy", action="store_true", help="swap x, the input, and y, the target")
     data("--load-size", type=int, default=0, help="resize to this first; 0: 286/256 image-size")
     data("--image-size", type=int, default=256, help="pixels of the crops that are trained on")
-    data("--fit", choices=["stretch", "crop"], default="stretch", help="crop: keep the aspect")
+    data("--fit", choices=["stretch", "crop"], default="stretch", help="crop: keep aspect ratio")
     data("--jitter", action=SWITCH, default=True, help="random crop; off: no resize to load-size")
     data("--flip", action=SWITCH, default=True, help="flip horizontally with probability 1/2")
     data("--num-workers", type=int, default=min(4, os.cpu_count()), help="loader processes or 0")

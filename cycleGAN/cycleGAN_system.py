@@ -88,7 +88,7 @@ atexit.register(multiprocessing.process._children.clear)
 
 
 def ignore_signals(_worker):
-    """Has a loading process outlive a signal to the whole group, until the run has been saved."""
+    """Lets a loader worker survive a signal to the whole group, until the run has been saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -139,7 +139,7 @@ def write_losses(rows, folder):
 
 
 def lock(folder):
-    """Makes a run's folder this process's own until it ends. UserError if another run is there."""
+    """Locks a run's folder until this process ends. UserError if another process has locked it."""
     file = open(folder / ".lock", "w")  # noqa: SIM115 (until the process ends)
     with suppress(ImportError, OSError):  # Windows has no fcntl, some file systems have no locks
         import fcntl
@@ -153,7 +153,7 @@ def lock(folder):
 
 
 def find_checkpoint(path):
-    """The checkpoint that path is, or that of the run whose folder it is. UserError if missing."""
+    """path, or if it is a run's folder, that run's checkpoint. UserError if there is none."""
     file = path.resolve()
     if not path.is_file() and file.parent.parent.name == "visualize":  # <method>/<run-name>
         file = file.parents[2] / file.parent.name / "model" / file.name / "checkpoint.pt"
@@ -247,7 +247,7 @@ class Quiet:
 
 
 def one_line(error):
-    """The line of an error's text that says most: the last one, which torch indents."""
+    """The most informative line of an error's text: the last one."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
@@ -261,5 +261,5 @@ def explain(error):
     if "dataloader worker (pid" in text:
         return "a data loader worker died; --num-workers 0 loads without workers"
     if isinstance(error, UserError | OSError) or "gloo" in text or "nccl" in text:
-        return one_line(error).split("UserError: ")[-1]  # a loading process adds a traceback
+        return one_line(error).split("UserError: ")[-1]  # a loader worker adds a traceback
     return None

@@ -35,7 +35,7 @@ def report(reason, files):
     """Prints how many files are left out, and the first five."""
     if files:
         more = f", and {len(files) - 5} more" if len(files) > 5 else ""
-        print(f"left out, {reason}: {len(files)}: {', '.join(map(str, files[:5]))}{more}")
+        print(f"left out: {len(files)} {reason}: {', '.join(map(str, files[:5]))}{more}")
 
 
 def find_images(folder):
@@ -43,7 +43,7 @@ def find_images(folder):
     files = [f for f in folder.rglob("*") if "/." not in f"/{f.relative_to(folder).as_posix()}"]
     images = {f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()}
     others = [f for f in files if f not in images and (f.is_symlink() or not f.is_dir())]
-    report("of another format (convert HEIC and gif) or a dead link", sorted(others))
+    report("of other formats (convert HEIC and GIF) or dead links", sorted(others))
     if not images:
         found = "no images" if folder.is_dir() else "no folder"
         raise UserError(f"{folder}: {found}; expected files {' '.join(sorted(SUFFIXES))}")

@@ -135,7 +135,7 @@ def build_data(args):
     if not test_set.files:
         test_set.files = train_set.files[:8]
         note("test", "no images in test/ or val/: the grids show the first eight training images")
-    for index in range(min(8, len(train_set))):  # notes what is odd, before loading processes can
+    for index in range(min(8, len(train_set))):  # notes what is odd, before loader workers can
         train_set[1, index]
     return train_set, test_set
 
@@ -183,7 +183,7 @@ def sample(nets, test_set, folder, epoch, device):
 
 def save_grid(images, path):
     """Writes images, each (1, 3, H, W) in [-1, 1], as one row of a PNG, pixel for pixel."""
-    with replacing(path) as file:
+    with replacing(path) as file:  # Authors' code truncates to 8 bits. save_image rounds.
         save_image((torch.cat(images) + 1) / 2, file, format="png", nrow=len(images))
 
 

@@ -69,7 +69,7 @@ def test_a_second_signal_ends_at_once(run, at_step):
 
 @one_method
 def test_the_command_survives_tee_and_a_signal_to_its_whole_group(run):
-    """As `train.py 2>&1 | tee log` and Ctrl-C: tee dies first; loading processes get it, too."""
+    """As `train.py 2>&1 | tee log` and Ctrl-C: tee dies first; loader workers get it, too."""
     flags = [*SELDOM, "--epochs", "10000", "--num-workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command(run, *flags), start_new_session=True, **pipes) as process:

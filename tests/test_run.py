@@ -152,6 +152,7 @@ def test_what_a_run_leaves(run, monkeypatch):
     facts = json.loads((run.folder / "args.json").read_text())
     typed = vars(run.module.parse_args(run.argv(*FOUR_EPOCHS, "--sample-every", "2")))
     assert {name: facts[name] for name in typed} == typed
+    assert run.module.parse_args([], saved={"data_folder": "auto"}).data_folder == "auto"
     git = ["git", "rev-parse", "HEAD"]
     head = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     assert (facts["commit"] or "").removesuffix("-dirty") == head

@@ -25,7 +25,7 @@ def ask(path, words):
 
 
 def serve(folder):
-    """Answers for ever. In the forked processes returns what was asked for."""
+    """Answers until it times out. In the forked processes, returns the command's words."""
     for name in ("matplotlib.figure", "torch.distributed.run", "torchvision.transforms.v2"):
         importlib.import_module(name)
     server, python = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), Path(folder, "python")
