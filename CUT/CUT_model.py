@@ -131,7 +131,7 @@ def tap_channels(taps, n_layers=9, ngf=64):
 
 # Differs from pix2pix/pix2pix_model.py: it sees one image, not a pair; instance norm
 class PatchDiscriminator(nn.Module):
-    """D: X -> a number for each 70x70 patch, 1 for real. C64-C128-C256-C512, then 1 channel."""
+    """D: X -> a number for each 70x70 patch (antialias: 84x84). C64-C128-C256-C512, 1 channel."""
 
     def __init__(self, ndf=64, antialias=False):
         super().__init__()
@@ -152,9 +152,9 @@ class PatchDiscriminator(nn.Module):
 class ImageBuffer:
     """A pool of `size` generated images for D to learn from (Zhu et al. 2017, section 4).
 
-    buffer(images): (N, 3, H, W) -> (N, 3, H, W). Each image is returned itself or, with probability
-    1/2, exchanged for a random one from the buffer. Until the buffer is full it stores all images
-    and returns them; with size 0 it only returns them.
+    buffer(images): (N, 3, H, W) -> (N, 3, H, W). While the buffer fills, each image is stored and
+    returned. Once it is full, with probability 1/2 an image replaces a random stored one, which is
+    returned instead. Size 0: off.
     """
 
     def __init__(self, size):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 
 def patch_nce(H, queries, keys, args):
-    """Eq. 3, as a mean over taps: each patch of the output against all patches of the input.
+    """Eq. 3 as means over taps and patches: each patch of the output against all of the input.
 
     queries, keys: lists over taps of features (N, C, h, w). Returns two scalars: the NCE, and the
     semantic relation loss (0.0 without --src-ratio).
@@ -31,8 +31,8 @@ def patch_nce(H, queries, keys, args):
         nce.append(contrast(q, k, args.tau).mean())
         if args.src_ratio > 0:
             relations.append(semantic_relation(q, k.detach()).mean())
-    # Paper: the sum over layers. Authors' code: the mean. Here: the mean, because published results
-    # come from that code; with five taps the sum would be five times as large.
+    # Paper: sums over layers and patches. Authors' code: means. Here: means, because published
+    # results come from that code.
     return sum(nce) / len(nce), sum(relations) / len(keys)
 
 

@@ -220,8 +220,8 @@ def adopt_flags(args, argv):
         if name not in FREE and value != saved[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: the run has {saved[name]}; leave {flag} out")
-    if args.epochs > saved["epochs"]:
-        print(f"{args.epochs} epochs instead of {saved['epochs']}: the learning rate rises again")
+    if args.epochs != saved["epochs"]:
+        print(f"{args.epochs} epochs instead of {saved['epochs']}: the learning rate follows them")
     return args
 
 

@@ -38,7 +38,7 @@ from CUT_system import average_gradients, pick_device, replacing
 
 # Differs from pix2pix/train.py: least squares instead of the logarithm
 def gan_loss(prediction, real):
-    """Mean (D - 1)^2 if `real`, else mean D^2. prediction: (N, 1, h, w). A scalar."""
+    """Eq. 1, least squares: mean (D - 1)^2 if `real`, else mean D^2. prediction: (N, 1, h, w)."""
     return mse_loss(prediction, torch.full_like(prediction, float(real)))
 
 
@@ -92,8 +92,9 @@ def training_step(nets, x, y, args):
 
     # One pass gives the translations and, on the way, the features that serve as keys.
     image, keys = G(source.flip(3) if flipped else source, taps)
-    if flipped:  # the keys come from the images that are not flipped; D's real ones are not either
-        keys = G(source, taps, encode_only=True)
+    if flipped:  # keys come from the unflipped images; D's real images are not flipped either
+        with torch.set_grad_enabled(not args.detach):
+            keys = G(source, taps, encode_only=True)
     fake_y, same_y = (image[:n], image[n:]) if identity else (image, None)
     keys_x, keys_y = halves(keys, n)
 
@@ -129,7 +130,7 @@ def descend(loss, *optimizers):
 # Differs from pix2pix/train.py: FastCUT has a schedule of its own
 # Differs from cycleGAN/train.py: FastCUT has a schedule of its own
 def learning_rate(args, epoch):
-    """Adam's rate in an epoch: constant, then linearly towards 0, from the half or 3/4 on."""
+    """Adam's rate in an epoch: constant, then towards 0 over the last half (FastCUT: quarter)."""
     decay = args.epochs // 4 if args.fast else args.epochs // 2  # FastCUT: 150 + 50 epochs
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))  # never 0
 
@@ -169,9 +170,10 @@ def update_averages(nets, decay):
 # Differs from cycleGAN/train.py: its own networks
 def build(args, device):
     """Networks, optimizers and buffer under the names that training_step and checkpoints use."""
-    if args.image_size < 32 or args.image_size % 4 or args.num_patches < 2:
-        raise UserError("--image-size must be a multiple of 4 from 32 on, --num-patches 2 or more")
     taps = args.feat_str.replace(",", " ").split()
+    if args.image_size < 32 or args.image_size % 4 or args.num_patches < 2 or not taps:
+        limits = "--image-size must be a multiple of 4 from 32 on, --num-patches 2 or more"
+        raise UserError(f"{limits}, and --feat-str must name a layer")
     try:
         channels = tap_channels(taps, args.n_layers, args.ngf)
     except KeyError as error:
@@ -200,7 +202,7 @@ def build_data(args):
         test_set.sides = [side[:8] for side in train_set.sides]
         note("test", "test/x or test/y has no images: the grids show eight training images")
     if true_pairs(test_set):
-        note("pairs", "each x of test/ has a y of its name and size: the error to it is measured")
+        note("pairs", "test/x and test/y match by name and size: they are measured as pairs")
     for index in range(min(8, len(train_set))):  # notes what is odd, before loader workers can
         train_set[1, index]
     return train_set, test_set
@@ -220,7 +222,7 @@ def layout_error(args, expected, hint):
     sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
-        place, found = f"no folder {folder}; {args.data_root} contains", sets
+        place, found = f"no folder {folder}; --data-root {args.data_root} contains", sets
         hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"

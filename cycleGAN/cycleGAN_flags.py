@@ -33,7 +33,7 @@ def add_common_flags(parser, epochs):
     data("--data-root", default=f"{ROOT}/datasets", help="folder of the datasets")
     data("--swap-xy", action="store_true", help="swap x, the input, and y, the target")
     data("--load-size", type=int, default=0, help="resize to this first; 0: 286/256 image-size")
-    data("--image-size", type=int, default=256, help="pixels of the crops that are trained on")
+    data("--image-size", type=int, default=256, help="side of the training crops in pixels")
     data("--fit", choices=["stretch", "crop"], default="stretch", help="crop: keep aspect ratio")
     data("--jitter", action=SWITCH, default=True, help="random crop; off: no resize to load-size")
     data("--flip", action=SWITCH, default=True, help="flip horizontally with probability 1/2")
@@ -44,7 +44,7 @@ def add_common_flags(parser, epochs):
     train("--lr", type=float, default=2e-4, help="initial learning rate of Adam")
     train("--ngf", type=int, default=64, help="filters in the generator's first layer")
     train("--ndf", type=int, default=64, help="filters in the discriminator's first layer")
-    train("--ema", type=float, default=0.0, help="decay of the average of G's weights; 0: off")
+    train("--ema", type=float, default=0.0, help="decay of an average of G's weights; 0: off")
     train("--seed", type=int, default=0, help="seed of everything random, 0 or larger")
     train("--max-steps", type=int, default=0, help="stop after this many steps; 0: no limit")
     run = parser.add_argument_group("run").add_argument
@@ -57,7 +57,7 @@ def add_common_flags(parser, epochs):
     run("--overwrite", action="store_true", help="delete an earlier run of this name")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     run("--precision", choices=["tf32", "fp32", "bf16"], default="tf32", help="tf32: only on CUDA")
-    run("--compile", action=SWITCH, default=False, help="slow first step, faster later ones")
+    run("--compile", action=SWITCH, default=False, help="torch.compile; slow first step")
 
 
 def parse(parser, argv, saved):

@@ -108,7 +108,7 @@ class ResnetGenerator(nn.Module):
 
 # Differs from pix2pix/pix2pix_model.py: it sees one image, not a pair; instance norm
 class PatchDiscriminator(nn.Module):
-    """D: X -> a number for each 70x70 patch, 1 for real. C64-C128-C256-C512, then 1 channel."""
+    """D: X -> a number for each 70x70 patch (antialias: 84x84). C64-C128-C256-C512, 1 channel."""
 
     def __init__(self, ndf=64, antialias=False):
         super().__init__()
@@ -129,9 +129,9 @@ class PatchDiscriminator(nn.Module):
 class ImageBuffer:
     """A pool of `size` generated images for D to learn from (Zhu et al. 2017, section 4).
 
-    buffer(images): (N, 3, H, W) -> (N, 3, H, W). Each image is returned itself or, with probability
-    1/2, exchanged for a random one from the buffer. Until the buffer is full it stores all images
-    and returns them; with size 0 it only returns them.
+    buffer(images): (N, 3, H, W) -> (N, 3, H, W). While the buffer fills, each image is stored and
+    returned. Once it is full, with probability 1/2 an image replaces a random stored one, which is
+    returned instead. Size 0: off.
     """
 
     def __init__(self, size):
@@ -155,21 +155,15 @@ class ImageBuffer:
         self.images = list(state["images"])
 
 
-class DownSampler(nn.Module):
-    """What --pix-loss compares: images after a blur (--pix-blur) and average pooling (--pix-pool).
+def blur_and_pool(x, blur=False, pool=1):
+    """What --pix-loss compares: an image after --pix-blur and --pix-pool.
 
-    (N, 3, H, W) -> (N, 3, H // pool, W // pool). The blur is a 7x7 Gaussian with a standard
-    deviation of 3 pixels, padded by reflection. Without blur and with pool 1 nothing changes.
+    x: (N, 3, H, W) -> (N, 3, H // pool, W // pool). The blur is a 7x7 Gaussian with a standard
+    deviation of 3 pixels, padded by reflection.
     """
-
-    def __init__(self, blur=False, pool=1):
-        super().__init__()
-        self.blur, self.pool = blur, pool
-
-    def forward(self, x):
-        if self.blur:
-            x = gaussian_blur(x, [7, 7], [3.0, 3.0])
-        return avg_pool2d(x, self.pool)
+    if blur:
+        x = gaussian_blur(x, [7, 7], [3.0, 3.0])
+    return avg_pool2d(x, pool)
 
 
 def initialize_weights(net):

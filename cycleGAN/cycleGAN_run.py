@@ -5,6 +5,7 @@ this file between steps. The same in pix2pix, cycleGAN and CUT.
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from cycleGAN_system import METHOD, RANK, WORLD_SIZE
 
 
 def run_command(train, argv):
-    """Parses the command line and trains. Returns the exit status; an error is said in one line."""
+    """Parses the command line and trains. Returns the exit status. Errors print as one line."""
     sys.stdout, sys.stderr = system.Quiet(sys.stdout), system.Quiet(sys.stderr)
     args = parse_args(argv)
     try:
@@ -61,6 +62,8 @@ class Run:
         self.noted, self.caught, self.intact, self.pending = 0, 0, True, []
         self.saved = self.last_read = time.monotonic()
         self.epoch_steps = math.ceil(len(train_set) // WORLD_SIZE / args.batch_size)
+        if not self.epoch_steps:
+            raise UserError(f"{len(train_set)} images are too few for {WORLD_SIZE} processes")
         self.order = []  # the epoch's batches; filled in place, since the loader holds this list
         options = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
         options.update(worker_init_fn=system.ignore_signals, pin_memory=device.type == "cuda")
@@ -105,7 +108,8 @@ class Run:
         self.locked = system.lock(folder)
         exists = (folder / "args.json").exists() or self.checkpoint.exists()
         if exists and not (args.resume or args.overwrite):
-            ways = "--resume continues it, --overwrite deletes it, another --run-name keeps it"
+            ways = "--resume continues it, " if self.checkpoint.exists() else ""
+            ways += "--overwrite deletes it, another --run-name keeps it"
             raise UserError(f"run {args.run_name} exists in {folder}: {ways}")
 
     def begin(self):
@@ -271,7 +275,7 @@ class Run:
             self.noted, self.noted_at = number, time.monotonic()
 
     def __exit__(self, kind, error, _trace):
-        """After an error between two steps, saves what it would lose; else says what comes next."""
+        """After an error between two steps, saves the run; otherwise prints what to do next."""
         args, step = self.args, self.progress["step"]
         self.bar.close()
         if self.loader._iterator:  # an error's traceback would keep its processes
@@ -282,14 +286,15 @@ class Run:
                 print(f"saved after step {step}: --resume continues", file=sys.stderr)
         elif error is None and RANK == 0:
             print(f"ended after step {step}; grids: {self.folder / 'val'}")
-            print("to compare runs: python visualize/gallery.py")
+            place, model = (shlex.quote(str(p)) for p in (self.folder.parents[1], self.checkpoint))
+            print(f"to compare runs: python visualize/gallery.py --root {place}")
             if not args.save_model:
                 print("--save-model would have saved the networks")
             elif self.progress["epoch"] > args.epochs:
-                use = f"--checkpoint {self.checkpoint} --input IMAGES --output results"
+                use = f"--checkpoint {model} --input IMAGES --output results"
                 print(f"to translate: python {METHOD}/translate.py {use}")
             else:
                 start = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
-                root = "" if args.output_root == str(ROOT) else f" --output-root {args.output_root}"
-                run = f"--run-name {args.run_name} --resume{root}"
-                print(f"to continue: {start} {METHOD}/train.py {run}")
+                words = [f"{METHOD}/train.py", "--run-name", args.run_name, "--resume"]
+                words += ["--output-root", args.output_root] * (args.output_root != str(ROOT))
+                print(f"to continue: {start} {shlex.join(words)}")

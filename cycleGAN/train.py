@@ -9,6 +9,7 @@ visualize/cycleGAN/<run-name>/.
 import copy
 import sys
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from cycleGAN_flags import parse_args
@@ -24,10 +25,10 @@ from tqdm import tqdm
 
 from cycleGAN_dataset import UnpairedDataset, UserError, note, to_unit
 from cycleGAN_model import (
-    DownSampler,
     ImageBuffer,
     PatchDiscriminator,
     ResnetGenerator,
+    blur_and_pool,
     initialize_weights,
 )
 from cycleGAN_run import Run, run_command
@@ -38,7 +39,7 @@ from cycleGAN_system import average_gradients, pick_device, replacing
 
 # Differs from pix2pix/train.py: least squares instead of the logarithm
 def gan_loss(prediction, real):
-    """Mean (D - 1)^2 if `real`, else mean D^2. prediction: (N, 1, h, w). A scalar."""
+    """Eq. 1, least squares: mean (D - 1)^2 if `real`, else mean D^2. prediction: (N, 1, h, w)."""
     return mse_loss(prediction, torch.full_like(prediction, float(real)))
 
 
@@ -48,9 +49,12 @@ def losses_G(G, F, D_X, D_Y, x, y, args):
 
     x, y: (N, 3, H, W) in [-1, 1].
     """
-    identity = args.identity_ratio > 0
-    fake_y, *same_y = together(G, x, y) if identity else [G(x)]
-    fake_x, rec_x, *same_x = together(F, y, fake_y, x) if identity else together(F, y, fake_y)
+    if args.identity_ratio > 0:
+        fake_y, same_y = together(G, x, y)
+        fake_x, rec_x, same_x = together(F, y, fake_y, x)
+    else:
+        fake_y = G(x)
+        fake_x, rec_x = together(F, y, fake_y)
     rec_y = G(fake_x)
 
     loss = {}
@@ -58,13 +62,13 @@ def losses_G(G, F, D_X, D_Y, x, y, args):
     loss["F_gan"] = gan_loss(D_X(fake_x), True)  # Eq. 1 for F: Y -> X
     loss["cycle"] = l1_loss(rec_x, x) + l1_loss(rec_y, y)  # Eq. 2: F(G(x)) = x and G(F(y)) = y
     total = loss["G_gan"] + loss["F_gan"] + args.cycle_ratio * loss["cycle"]  # Eq. 3
-    if identity:
+    if args.identity_ratio > 0:
         # Section 5.2: images of the other side stay as they are. Paper: only for paintings.
         # Authors' code: always, with weight 5. Here: off unless --identity-ratio is given.
-        loss["identity"] = l1_loss(same_y[0], y) + l1_loss(same_x[0], x)
+        loss["identity"] = l1_loss(same_y, y) + l1_loss(same_x, x)
         total = total + args.identity_ratio * loss["identity"]
     if args.pix_loss:  # not in the paper: the output keeps the colors of the input
-        view = DownSampler(args.pix_blur, args.pix_pool)
+        view = partial(blur_and_pool, blur=args.pix_blur, pool=args.pix_pool)
         loss["pix"] = l1_loss(view(fake_y), view(x)) + l1_loss(view(fake_x), view(y))
         total = total + args.pix_ratio * loss["pix"]
     return {"G_total": total, **loss}, fake_x, fake_y
@@ -113,7 +117,7 @@ def descend(loss, *optimizers):
 
 def learning_rate(args, epoch):
     """Adam's rate in an epoch: constant for the first half, then linearly towards 0."""
-    # Paper and authors' code: the same.
+    # Authors' code: the same or, in most versions, one epoch earlier.
     decay = args.epochs // 2
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))  # never 0
 
@@ -184,7 +188,7 @@ def build_data(args):
         test_set.sides = [side[:8] for side in train_set.sides]
         note("test", "test/x or test/y has no images: the grids show eight training images")
     if true_pairs(test_set):
-        note("pairs", "each x of test/ has a y of its name and size: the error to it is measured")
+        note("pairs", "test/x and test/y match by name and size: they are measured as pairs")
     for index in range(min(8, len(train_set))):  # notes what is odd, before loader workers can
         train_set[1, index]
     return train_set, test_set
@@ -204,7 +208,7 @@ def layout_error(args, expected, hint):
     sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
-        place, found = f"no folder {folder}; {args.data_root} contains", sets
+        place, found = f"no folder {folder}; --data-root {args.data_root} contains", sets
         hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"

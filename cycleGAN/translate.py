@@ -69,7 +69,7 @@ def plan(args):
             hint = " or ".join(sorted(inside)[:4]) or f"a file {' '.join(SUFFIXES)}"
             raise UserError(f"no {'images in' if path.is_dir() else 'file'} {path}; try {hint}")
         files += found
-    taken = {path.resolve(): "where inputs are" for path in (*args.input, *files)}
+    taken = {p.resolve(): "where inputs are" for file in files for p in (file, file.parent)}
     named = output.suffix.lower() in SUFFIXES and not output.is_dir()
     for file in dict.fromkeys(files):
         result = results[file] = output if named else output / f"{file.stem}.png"

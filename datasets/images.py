@@ -35,13 +35,15 @@ def list_images(folder):
     return images
 
 
-def load_rgb(path):
+def load_rgb(path, least=10**6):
     """Any image as 8-bit RGB (PIL), upright, in sRGB. 16 bits are scaled, transparency is white.
 
-    Metadata never prevents reading the pixels. UserError, naming the file, if they are unreadable.
+    A JPEG of far more than `least` pixels a side is decoded smaller, which is fast. Metadata never
+    prevents reading the pixels. UserError, naming the file, if they are unreadable.
     """
     try:
         with Image.open(path) as file:
+            file.draft(None, (least, least))
             image = file.copy()
             with suppress(Exception):  # a format without frames, or one with damaged later frames
                 if file.n_frames > 1:

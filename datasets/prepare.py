@@ -11,8 +11,11 @@ import argparse
 import shlex
 import shutil
 import signal
+import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
@@ -50,17 +53,19 @@ def find_images(folder):
     return sorted(images)
 
 
-def name_images(*folders):
-    """For each folder {name: file}. The names are unique, by one rule for all folders: the stem;
-    if stems repeat, sub-folders and stem; if these repeat too (a.jpg and a.png), also the suffix.
+def name_images(*folders, suffix=True):
+    """For each folder {name: file}. The names are unique, by one rule for all folders: the stem; if
+    stems repeat, sub-folders and stem; if these repeat (a.jpg, a.png) and `suffix`, the suffix too.
     """
-    sides = [{f.relative_to(folder): f for f in find_images(folder)} for folder in folders]
-    stem, place = (lambda p: p.stem), (lambda p: "-".join(p.with_suffix("").parts))
-    for name in (stem, place, lambda p: "-".join(p.parts)):
-        named = [{name(path): file for path, file in side.items()} for side in sides]
-        if [len({n.lower() for n in names}) for names in named] == list(map(len, sides)):
-            return named
-    raise UserError(f"{' or '.join(map(str, folders))}: two files get the same name; rename one")
+    sides = [(folder, find_images(folder)) for folder in folders]
+    rules = [lambda p: p.stem, lambda p: "-".join(p.with_suffix("").parts)]
+    for rule in [*rules, lambda p: "-".join(p.parts)] if suffix else rules:
+        named = [[(normalize("NFC", rule(f.relative_to(d))), f) for f in s] for d, s in sides]
+        counts = Counter((k, n.lower()) for k, side in enumerate(named) for n, _ in side)
+        [((_, name), count)] = counts.most_common(1)
+        if count == 1:
+            return list(map(dict, named))
+    raise UserError(f"two files in {' or '.join(map(str, folders))} are called {name}; rename one")
 
 
 def hold_out(names, args, side=""):
@@ -80,16 +85,15 @@ def unpaired(args):
 
 def pairs(args):
     """Glue the images of the same name: y left, x right, resized to y's size. For pix2pix."""
-    xs, ys = name_images(*args.sources)
+    xs, ys = name_images(*args.sources, suffix=False)  # cat.png and cat.jpg are a pair
     single = sorted(xs.keys() ^ ys.keys())
     report("without a partner of the same name", [(xs | ys)[name] for name in single])
     for name, part in hold_out(xs.keys() & ys.keys(), args).items():
         x, y = load(xs[name]), load(ys[name])
         if x and y:
             if abs(x.width * y.height / (x.height * y.width) - 1) > 0.02:
-                note("shape", f"{xs[name]} is stretched to the shape of {ys[name]}: is it a pair?")
-            x = x.resize(y.size, Image.Resampling.BICUBIC)
-            yield f"{part}/{name}.png", Image.fromarray(np.hstack([y, x]))
+                note(name, f"{xs[name]} is stretched to the shape of {ys[name]}: is it a pair?")
+            yield f"{part}/{name}.png", Image.fromarray(np.hstack([y, x.resize(y.size)]))
 
 
 def split(args):
@@ -172,7 +176,10 @@ def check(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         check(args)
         with replacing(args.target) as aside:
@@ -184,6 +191,8 @@ def main(argv=None):
     script = ROOT / ("pix2pix" if args.command == "pairs" else "CUT") / "train.py"
     root = [] if args.data_root == ROOT / "datasets" else ["--data-root", args.data_root]
     words = ["python", script, "--data-folder", args.name, *root, "--fit", "crop", "--save-model"]
+    if args.command == "pairs":
+        print(f"to cut pairs for translate.py: prepare.py split {args.name} NEW --all")
     print("next:", shlex.join(map(str, words)))
 
 

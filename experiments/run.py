@@ -26,14 +26,11 @@ from subprocess import DEVNULL, Popen
 ROOT = Path(__file__).resolve().parent.parent
 
 Run = namedtuple("Run", "method name flags questions", defaults=[""])  # questions: it answers them
-
 # What two CPU cores train in hours: 128 px, half the filters, six blocks, some 30,000 steps.
 CPU = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --n-layers 6 --precision bf16"
 PILOT = f"--data-folder facades_unpaired {CPU} --epochs 44 --sample-every 6"
 FACADES = f"--data-folder facades_unpaired {CPU} --antialias --epochs 76 --sample-every 8"
-# For 540 photographs; of all 6,287 five epochs are as many steps.
-MONET = f"--data-folder monet2photo {CPU} --epochs 56 --sample-every 6"
-NO_PIX = '--feat-str "d128, d256, R256_1, R256_5"'
+MONET = f"--data-folder monet2photo {CPU} --epochs 56 --sample-every 6"  # for 540 photographs
 PAIRS = "--data-folder facades --precision bf16 --sample-every 8"  # 256 px
 RUNS = [
     Run("pix2pix", "facades-256-half", f"{PAIRS} --ngf 32 --ndf 32 --epochs 80", "pix2pix"),
@@ -45,17 +42,20 @@ RUNS = [
     Run("cycleGAN", "monet-128", MONET, "inversion"),
     Run("cycleGAN", "monet-128-pix-loss", f"{MONET} --pix-loss", "inversion"),
     Run("CUT", "monet-128", f"{MONET} --swap-xy", "change"),
-    Run("CUT", "monet-128-no-pix", f"{MONET} --swap-xy {NO_PIX}", "change"),
+    Run("CUT", "monet-no-pix", f"{MONET} --swap-xy --feat-str d128,d256,R256_1,R256_5", "change"),
     Run("CUT", "facades-128-ema", f"{FACADES} --ema 0.999", "steadiness"),
     Run("CUT", "facades-128-buffer-50", f"{FACADES} --buffer-size 50", "steadiness"),
     Run("CUT", "facades-128-patches-64", f"{FACADES} --num-patches 64", "patches"),
     Run("CUT", "facades-128-no-detach", f"{FACADES} --no-detach", "detach"),
 ]
-SMALL = "--data-folder facades_unpaired --image-size 64 --load-size 72 --ngf 32 --ndf 32"
-SMALL += " --precision bf16 --sample-every 1 --n-layers 6 --epochs 6"
-for seed, method in itertools.product((0, 1), ("CUT", "cycleGAN")):  # minutes each
-    for name, flags in (("facades", SMALL), ("facades-antialias", f"{SMALL} --antialias")):
-        RUNS.append(Run(method, f"{name}-seed-{seed}", f"{flags} --seed {seed}", "antialias"))
+SMALL = f"{CPU.replace('128', '64').replace('143', '72')} --sample-every 1 --seed"  # minutes each
+for seed, method, own in itertools.product((0, 1), ("CUT", "cycleGAN"), ("", " --antialias")):
+    flags = f"--data-folder facades_unpaired --epochs 6 {SMALL} {seed}{own}"
+    RUNS.append(Run(method, f"facades{own[2:]}-seed-{seed}", flags, "antialias"))
+for seed, ratio in itertools.product((0, 1), ("0.1", "1", "10")):
+    flags = f"--data-folder monet2photo --swap-xy --epochs 3 {SMALL} {seed}"
+    flags += f" --NCE-ratio {ratio} --NCE-ratio-id {ratio}"
+    RUNS.append(Run("CUT", f"monet-NCE-{ratio}-seed-{seed}", flags, "weight"))
 
 # The original README's eleven figures; CUT's paper-monet is two, of epochs 400 and 391.
 PIX_LOSS = "--data-folder monet2photo --epochs 200 --pix-loss"

@@ -39,13 +39,15 @@ def list_images(folder):
     return images
 
 
-def load_rgb(path):
+def load_rgb(path, least=10**6):
     """Any image as 8-bit RGB (PIL), upright, in sRGB. 16 bits are scaled, transparency is white.
 
-    Metadata never prevents reading the pixels. UserError, naming the file, if they are unreadable.
+    A JPEG of far more than `least` pixels a side is decoded smaller, which is fast. Metadata never
+    prevents reading the pixels. UserError, naming the file, if they are unreadable.
     """
     try:
         with Image.open(path) as file:
+            file.draft(None, (least, least))
             image = file.copy()
             with suppress(Exception):  # a format without frames, or one with damaged later frames
                 if file.n_frames > 1:
@@ -80,9 +82,8 @@ def augmentation(args, training):
     without `training`, the crop is at the center and there is no flip.
     """
     jitter = training and args.jitter
-    size = args.load_size if jitter else args.image_size
-    size = size if args.fit == "crop" else (size, size)  # one number: the short side
-    resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+    size = args.load_size if jitter else args.image_size  # of the short side, or of both
+    resize = v2.Resize(size if args.fit == "crop" else (size, size), v2.InterpolationMode.BICUBIC)
     crop = (v2.RandomCrop if jitter else v2.CenterCrop)(args.image_size)
     flip = v2.RandomHorizontalFlip(0.5 if training and args.flip else 0.0)
     return v2.Compose([resize, crop, flip, v2.PILToTensor()])

@@ -1,7 +1,7 @@
 """Train pix2pix (Isola et al. 2017, Image-to-Image Translation with Conditional Adversarial
 Networks, https://arxiv.org/abs/1611.07004). Grids and losses go to visualize/pix2pix/<run-name>/.
 
-    python pix2pix/train.py --data-folder facades --save-model      # the paper's setting
+    python pix2pix/train.py --data-folder facades --save-model      # 256 px, 200 epochs
     python pix2pix/train.py --data-folder facades --resume          # continue a stopped run
 """
 
@@ -75,7 +75,8 @@ def descend(loss, *optimizers):
 
 def learning_rate(args, epoch):
     """Adam's rate in an epoch: constant for the first half, then linearly towards 0."""
-    # Paper and authors' Lua code: constant. Authors' PyTorch code: as here.
+    # Paper and authors' Lua code: constant. Authors' PyTorch code: as here or, in most versions,
+    # one epoch earlier.
     decay = args.epochs // 2
     return args.lr * (1 - max(0, epoch - (args.epochs - decay)) / (decay + 1))  # never 0
 
@@ -125,7 +126,7 @@ def build(args, device):
 
 
 def build_data(args):
-    """The training pairs; the pairs of test/, or if it has none, of val/, or eight of training."""
+    """The training pairs, and those of the grids: test/, else val/, else eight training pairs."""
     names = ("train", "test", "val")
     train_set, *test_sets = (PairDataset(args, name, name == "train") for name in names)
     if not train_set.files:
@@ -148,7 +149,7 @@ def layout_error(args, expected, hint):
     sets = sorted(file.name for file in Path(args.data_root).glob("[!._]*/"))
     near = [part for part in name.parts if part in sets]  # one level too deep, or a path
     if not folder.is_dir():
-        place, found = f"no folder {folder}; {args.data_root} contains", sets
+        place, found = f"no folder {folder}; --data-root {args.data_root} contains", sets
         hint = "datasets/download.py --list shows what to download; prepare.py lays out your images"
         near = near or get_close_matches(name.name, sets, 1)
     hint = hint if near in ([], [str(name)]) else f"did you mean --data-folder {near[0]}?"

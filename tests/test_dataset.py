@@ -278,7 +278,7 @@ def test_true_pairs_agree_in_name_and_size(method, tmp_path, capsys, name, size,
     write(tmp_path / "set" / "test" / "y" / name, ramp(0, size))
     _, test_set = build_data(method, tmp_path)
     assert load_script(method).true_pairs(test_set) == paired
-    assert ("the error to it is measured" in capsys.readouterr().err) == paired
+    assert ("they are measured as pairs" in capsys.readouterr().err) == paired
 
 
 def read(path):

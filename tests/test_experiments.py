@@ -47,7 +47,7 @@ def test_runs_are_chosen_by_name_or_question(capsys):
         return [words[words.index("--run-name") + 1] for words in printed(capsys, *flags)[0]]
 
     assert names("patches") == ["facades-128-antialias", "facades-128-patches-64"]
-    assert names("facades-128-e", "monet-128-n") == ["monet-128-no-pix", "facades-128-ema"]
+    assert names("facades-128-e", "monet-no") == ["monet-no-pix", "facades-128-ema"]
     assert names("paper-monet-p", "--scale", "paper")[1:] == ["paper-monet-pool"]
 
 

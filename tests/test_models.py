@@ -303,7 +303,7 @@ def test_down_sampler_equals_numpy(blur, pool):
     x = noise(2, 3, 12, 18)
     expected = np.stack([gaussian_7x7(c) if blur else c for c in x.numpy().reshape(6, 12, 18)])
     expected = expected.reshape(2, 3, 12 // pool, pool, 18 // pool, pool).mean((3, 5))
-    found = make("cycleGAN", "DownSampler", blur, pool)(x)
+    found = model("cycleGAN").blur_and_pool(x, blur, pool)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
