@@ -94,19 +94,6 @@ def check_values_and_gradients(losses, numpy_losses):
             assert gradient[k].item() == pytest.approx(slope, rel=1e-7, abs=1e-8), (name, k)
 
 
-@pytest.mark.parametrize("real", [True, False])
-def test_gan_loss_and_its_gradient(method, real):
-    gan_loss = load_script(method).gan_loss
-    plain = cross_entropy if method == "pix2pix" else squares
-    prediction = torch.randn(2, 1, 3, 4, dtype=torch.float64, requires_grad=True)
-    loss, values = gan_loss(prediction, real), prediction.detach().numpy()
-    assert loss.item() == pytest.approx(plain(values, real), rel=1e-12)
-    loss.backward()
-    D = 1 / (1 + np.exp(-values)) if method == "pix2pix" else values
-    slope = (D - real) * (1 if method == "pix2pix" else 2) / values.size
-    np.testing.assert_allclose(prediction.grad.numpy(), slope, rtol=1e-10)
-
-
 @needs("pix2pix")
 def test_the_logarithm_does_not_overflow():
     gan_loss = load_script("pix2pix").gan_loss
@@ -305,17 +292,13 @@ def test_D_learns_from_real_images_and_the_buffer(method, monkeypatch, float64_o
     assert len(calls) == (2 if method == "cycleGAN" else 1)
 
 
-def test_each_adam_has_the_papers_settings_and_its_own_networks(method):
-    nets, _ = small_nets(method)
-    pairs = {"optimizer_G": ("G", "F"), "optimizer_D": ("D", "D_X", "D_Y"), "optimizer_H": ("H",)}
-    optimizers = [name for name in nets if name.startswith("optimizer")]
-    assert len(optimizers) == (3 if method == "CUT" else 2)
-    for name in optimizers:
-        (group,) = nets[name].param_groups
-        assert isinstance(nets[name], torch.optim.Adam)
+def test_each_adam_has_the_papers_settings(method):
+    adams = [part for name, part in small_nets(method)[0].items() if name.startswith("optimizer")]
+    assert len(adams) == (3 if method == "CUT" else 2)
+    for adam in adams:
+        (group,) = adam.param_groups
+        assert isinstance(adam, torch.optim.Adam)
         assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0)
-        owned = [id(p) for part in pairs[name] if part in nets for p in nets[part].parameters()]
-        assert [id(p) for p in group["params"]] == owned
 
 
 @needs("CUT")
