@@ -146,8 +146,8 @@ class SmallRun:
         with open(self.folder / "losses.csv", newline="") as file:
             return list(csv.DictReader(file))
 
-    def images(self, split="train"):
-        return sorted(self.root.glob(f"data/{split}/**/*.png"))
+    def images(self):
+        return sorted(self.root.glob("data/train/**/*.png"))
 
     def traces(self):
         """What a run leaves, but for times and flags: interruptions must not change it."""
