@@ -96,6 +96,29 @@ SMALL = {
 FOUR_EPOCHS = ["--epochs", "4", "--batch-size", "4", "--sample-every", "1", "--save-model"]
 
 
+NETS = {"pix2pix": ["G", "D"], "cycleGAN": ["G", "F", "D_X", "D_Y"], "CUT": ["G", "D", "H"]}
+NARROW = ["--image-size", "32", "--ngf", "4", "--ndf", "4"]
+LAYERS = {"pix2pix": [], "cycleGAN": ["--n-layers", "1"], "CUT": ["--n-layers", "2"]}
+LAYERS["CUT"] += ["--feat-str", "pix,d128, d256, R256_1, R256_2", "--num-patches", "1024"]  # all
+
+
+def parse(method, *flags):
+    """The flags of small networks on the CPU."""
+    words = [*NARROW, "--device", "cpu", "--precision", "fp32", *LAYERS[method], *flags]
+    return load_script(method).parse_args(words)
+
+
+def small_nets(method, *flags):
+    """(nets, args) in float64, with weights so large that no output is near 0."""
+    args = parse(method, *flags)
+    torch.manual_seed(0)
+    nets = load_script(method).build(args, torch.device("cpu"))
+    for name in NETS[method]:
+        for p in nets[name].double().parameters():
+            torch.nn.init.normal_(p, 0.0, 0.3)
+    return nets, args
+
+
 class SmallRun:
     """Runs of a method's train.py on six images of 32 pixels below `root`, called "run"."""
 
@@ -108,9 +131,8 @@ class SmallRun:
 
     def argv(self, *flags):
         data = ["--data-root", self.root, "--data-folder", "data", "--output-root", self.root]
-        sizes = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--num-workers", "0"]
-        rest = ["--run-name", "run", "--device", "cpu", *self.flags, *flags]
-        return [str(word) for word in (*data, *sizes, *rest)]
+        rest = ["--num-workers", "0", "--run-name", "run", "--device", "cpu", *self.flags, *flags]
+        return [str(word) for word in (*data, *NARROW, *rest)]
 
     def __call__(self, *flags):
         """The exit status of train.py with these flags."""

@@ -20,10 +20,10 @@ from tqdm import tqdm
 import parity
 import plain
 import step_time
-from conftest import METHODS, ROOT, SMALL, load_script, patch_run, write_pairs
+from conftest import METHODS, NARROW, ROOT, SMALL, load_script, patch_run, write_pairs
 
 CUDA = torch.device("cuda:0")
-NARROW = {m: ["--image-size", "32", "--ngf", "4", "--ndf", "4", *SMALL[m][1]] for m in METHODS}
+FLAGS = {method: [*NARROW, *SMALL[method][1]] for method in METHODS}
 VARIANTS = {
     "pix2pix": ["", "--ema 0.9"],
     "cycleGAN": ["", "--antialias --ema 0.9", "--identity-ratio 5 --pix-loss --pix-blur"],
@@ -106,7 +106,7 @@ def fake_cuda(monkeypatch):
 def test_a_step_on_cuda_is_on_cuda_alone(fake_cuda, method, flags, precision):
     """It neither mixes devices nor uploads nor reads."""
     train = load_script(method)
-    args = train.parse_args([*NARROW[method], *flags.split(), "--precision", precision])
+    args = train.parse_args([*FLAGS[method], *flags.split(), "--precision", precision])
     with CUDA:
         nets = train.build(args, CUDA)
     for name in nets:
@@ -223,7 +223,7 @@ def test_autocast_compile_and_fused_adam_work_together(method, monkeypatch):
     x, y = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     results = []
     for flags in ([], ["--compile"]):
-        args = train.parse_args([*NARROW[method], "--precision", "bf16", *flags])
+        args = train.parse_args([*FLAGS[method], "--precision", "bf16", *flags])
         torch.manual_seed(0)
         nets = train.build(args, torch.device("cpu"))
         for layer in (m for net in nets.values() for m in getattr(net, "modules", list)()):
@@ -246,7 +246,7 @@ MORE = {"pix2pix": [], "cycleGAN": ["--identity-ratio", "5"], "CUT": ["--NCE-rat
 @pytest.mark.parametrize("more", [False, True])
 def test_the_plain_step_has_the_same_losses_and_gradients(method, more):
     train = load_script(method)
-    args = train.parse_args([*NARROW[method], *(MORE[method] if more else [])])
+    args = train.parse_args([*FLAGS[method], *(MORE[method] if more else [])])
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     losses, gradients = [], []
     for is_plain in (True, False):

@@ -10,32 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import METHODS, ROOT, load_script, picture, spy
+from conftest import METHODS, NETS, ROOT, load_script, parse, picture, small_nets, spy
 
 RECORDED = json.loads((ROOT / "tests" / "parity" / "first_steps.json").read_text())
-SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--device", "cpu", "--precision", "fp32"]
-DEEP = {"pix2pix": [], "cycleGAN": ["--n-layers", "1"], "CUT": ["--n-layers", "2"]}
-DEEP["CUT"] += ["--feat-str", "pix,d128, d256, R256_1, R256_2", "--num-patches", "1024"]  # all
-NETS = {"pix2pix": ["G", "D"], "cycleGAN": ["G", "F", "D_X", "D_Y"], "CUT": ["G", "D", "H"]}
 
 
 def needs(method):
     return pytest.mark.skipif(method not in METHODS, reason=f"there is no {method} folder")
-
-
-def parse(method, *flags):
-    return load_script(method).parse_args([*SMALL, *DEEP[method], *flags])
-
-
-def small_nets(method, *flags):
-    """(nets, args) in float64, with weights so large that no output is near 0."""
-    args = parse(method, *flags)
-    torch.manual_seed(0)
-    nets = load_script(method).build(args, torch.device("cpu"))
-    for name in NETS[method]:
-        for p in nets[name].double().parameters():
-            nn.init.normal_(p, 0.0, 0.3)
-    return nets, args
 
 
 def batch(n=2, size=32, seed=1):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from conftest import METHODS, ROOT, load_script, noise, spy
+from conftest import METHODS, ROOT, noise, parse, small_nets, spy
 
 if "CUT" not in METHODS:
     pytest.skip("there is no CUT folder", allow_module_level=True)
@@ -15,23 +15,7 @@ import CUT_nce
 from CUT_nce import ProjectionHeads, infonce, patch_nce, semantic_relation
 
 TAPS = ["pix", "d128", "d256", "R256_1", "R256_2"]
-SMALL = ["--image-size", "32", "--ngf", "4", "--ndf", "4", "--n-layers", "2", "--device", "cpu"]
-SMALL += ["--precision", "fp32", "--feat-str", ", ".join(TAPS), "--num-patches", "16"]
-
-
-def parse(*flags):
-    return load_script("CUT").parse_args([*SMALL, *flags])
-
-
-def large_nets(*flags):
-    """(nets, args) in float64, with weights so large that no output is near 0."""
-    args = parse(*flags)
-    torch.manual_seed(0)
-    nets = load_script("CUT").build(args, torch.device("cpu"))
-    for name in "GDH":
-        for p in nets[name].double().parameters():
-            nn.init.normal_(p, 0.0, 0.3)
-    return nets, args
+FEW = ["CUT", "--num-patches", "16"]
 
 
 def unit_vectors(seed, *shape):
@@ -226,7 +210,7 @@ def test_patch_nce_is_the_mean_over_taps_images_and_patches(monkeypatch, tau):
     chosen = iter(where)
     monkeypatch.setattr(CUT_nce, "random_patches", lambda _feature, _number: next(chosen))
     queries, keys = features(0), features(1)
-    nce, relation = patch_nce(toy_H, queries, keys, parse("--tau", tau))
+    nce, relation = patch_nce(toy_H, queries, keys, parse(*FEW, "--tau", tau))
     means_of_taps = []
     for query, key, positions in zip(queries, keys, where, strict=True):
         pairs = [[f[n].flatten(1).T[positions].numpy() for f in (query, key)] for n in range(2)]
@@ -239,7 +223,7 @@ def test_patch_nce_is_the_mean_over_taps_images_and_patches(monkeypatch, tau):
 @pytest.mark.parametrize("nce", ["infonce", "ence", "hdce"])
 def test_the_selected_contrast_and_relation_are_used(monkeypatch, nce):
     used = {name: spy(monkeypatch, CUT_nce, name) for name in CONTRASTS}
-    args = parse("--nce", nce, "--tau", "0.2", "--src-ratio", "0.5")
+    args = parse(*FEW, "--nce", nce, "--tau", "0.2", "--src-ratio", "0.5")
     found = patch_nce(toy_H, features(0), features(1), args)
     names = (nce, "semantic_relation")
     assert {n: len(calls) for n, calls in used.items()} == {n: 3 * (n in names) for n in used}
@@ -254,7 +238,7 @@ def test_the_selected_contrast_and_relation_are_used(monkeypatch, nce):
 def test_query_and_key_come_from_the_same_positions(monkeypatch, query):
     """If both have the same features, q and k are equal."""
     same, calls = features(0), spy(monkeypatch, CUT_nce, "infonce")
-    patch_nce(toy_H, same, same, parse("--query", query))
+    patch_nce(toy_H, same, same, parse(*FEW, "--query", query))
     assert len(calls) == 3 and all(torch.equal(q, k) for (q, k, _), _ in calls)
 
 
@@ -262,7 +246,7 @@ def test_attention_of_the_keys_selects_at_the_last_two_taps(monkeypatch):
     random = spy(monkeypatch, CUT_nce, "random_patches")
     attended = spy(monkeypatch, CUT_nce, "attention_patches")
     keys = [key.requires_grad_() for key in features(1)]
-    args = parse("--query", "attention", "--num-patches", "7", "--no-detach")
+    args = parse(*FEW, "--query", "attention", "--num-patches", "7", "--no-detach")
     patch_nce(toy_H, features(0), keys, args)
     assert [arguments[0].shape[1] for arguments, _ in random] == [3]
     for (arguments, _), key in zip(attended, keys[1:], strict=True):
@@ -278,7 +262,7 @@ def test_keys_are_detached_unless_no_detach(monkeypatch, nce, query, detach):
     calls = spy(monkeypatch, CUT_nce, nce)
     relations = spy(monkeypatch, CUT_nce, "semantic_relation")
     switch = "--detach" if detach else "--no-detach"
-    nets, args = large_nets(switch, "--nce", nce, "--query", query, "--src-ratio", "1")
+    nets, args = small_nets(*FEW, switch, "--nce", nce, "--query", query, "--src-ratio", "1")
     features = [nets["G"](noise(1, 3, 32, 32, seed=s), TAPS)[1] for s in (0, 1)]
     queries, keys = ([f.detach().requires_grad_() for f in side] for side in features)
     loss, relation = patch_nce(nets["H"], queries, keys, args)
@@ -302,7 +286,7 @@ def test_the_gradient_of_G_for_one_image_is_right(monkeypatch, float64_outputs, 
     """On CPUs torch's instance norm returns a wrong gradient for one image if the gradient that it
     receives has channels-last strides, as from feature.permute(0, 2, 3, 1).
     """
-    nets, args = large_nets(detach, "--query", query)
+    nets, args = small_nets(*FEW, detach, "--query", query)
     G, gradients = nets["G"], []
     for norm in (nn.InstanceNorm2d.forward, elementary_norm):
         monkeypatch.setattr(nn.InstanceNorm2d, "forward", norm)
