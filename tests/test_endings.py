@@ -128,7 +128,6 @@ def test_one_run_one_process_until_it_is_killed(run, capsys, at_step):
     pid = run.fork(*FOUR_EPOCHS)
     wait_for(run.checkpoint.exists)
     for flags in (["--resume"], ["--overwrite"], []):
-        capsys.readouterr()
         assert run(*FOUR_EPOCHS, *flags) == 2
         assert "in progress in another process" in error_line(capsys)
     os.kill(pid, signal.SIGKILL)
@@ -220,7 +219,6 @@ def test_a_visualize_folder_that_cannot_be_written_is_a_warning(run, straight, a
 @pytest.mark.parametrize("share", [0.1, 0.99])
 def test_a_full_disk_leaves_the_last_checkpoint(stopped, straight, capsys, share):
     whole, limits = stopped.checkpoint.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    capsys.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(whole)), limits[1]))
     try:
         assert stopped.resume() == 2

@@ -68,7 +68,6 @@ def run(tmp_path, *words):
 def error_of(capsys, tmp_path, *words):
     """The one-line error of a call that leaves the data root as it was."""
     before = tree(tmp_path / "data")
-    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run(tmp_path, *words)
     error = capsys.readouterr().err.splitlines()[-1]

@@ -84,7 +84,6 @@ def test_more_epochs_may_be_asked_for(stopped):
 @one_method
 @pytest.mark.parametrize("typed", [["--lr", "0.1"], ["--no-flip"], ["--batch-size", "1"]])
 def test_a_flag_that_differs_from_the_checkpoint_is_named(stopped, capsys, typed):
-    capsys.readouterr()
     assert stopped.resume(*typed) == 2
     assert typed[0].replace("no-", "") in error_line(capsys)
 
@@ -119,7 +118,6 @@ def test_a_changed_training_set_is_noticed_by_its_names(run, capsys, change):
     assert run(*FOUR_EPOCHS, "--max-steps", "3") == 0
     image = run.images()[0]
     image.rename(image.with_name("999.png")) if change == "renamed" else image.unlink()
-    capsys.readouterr()
     assert run.resume() == 0
     assert "training images have changed" in capsys.readouterr().out
     assert run.state()["progress"]["step"] == 9
@@ -189,7 +187,6 @@ def test_the_start_tells_how_long_the_run_will_take(run, capsys):
 @one_method
 def test_a_second_run_of_the_same_name_is_refused(stopped, capsys):
     before = stopped.traces()
-    capsys.readouterr()
     assert stopped("--epochs", "1") == 2
     error = error_line(capsys)
     assert all(way in error for way in ("--resume", "--run-name", "--overwrite"))
@@ -217,7 +214,6 @@ def test_a_model_folder_that_cannot_be_written_is_found_first(run, capsys):
     before = run.rows()
     shutil.rmtree(run.root / run.method, ignore_errors=True)
     (run.root / run.method).write_text("a file where the folder belongs")
-    capsys.readouterr()
     assert run(*FOUR_EPOCHS, "--overwrite") == 2
     assert "cannot write" in error_line(capsys)
     assert run.rows() == before and (run.folder / "val" / "x1.png").exists()
@@ -274,7 +270,6 @@ def test_a_flipped_bit_is_noticed(stopped, capsys):
         damaged, start = bytearray(whole), whole.index(contents[number])
         damaged[start + rng.integers(len(contents[number]))] ^= 1 << rng.integers(8)
         stopped.checkpoint.write_bytes(damaged)
-        capsys.readouterr()
         assert stopped.resume() == 2, start
         assert str(stopped.checkpoint) in error_line(capsys)
 
@@ -354,7 +349,6 @@ def test_a_checkpoint_is_input_that_is_checked(stopped, capsys):
             stopped.checkpoint.write_bytes(damage(whole))
         else:
             torch.save(damage(stopped.state()), stopped.checkpoint)
-        capsys.readouterr()
         assert stopped.resume() == 2, (number, words)
         error = error_line(capsys)
         assert str(stopped.checkpoint) in error and words in error, (number, words, error)
