@@ -82,6 +82,29 @@ def write_unpaired(root, name="unpaired", train=(6, 4), test=3, size=32, seed=0)
     return root
 
 
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def tree(folder):
+    """Every file of a folder as {relative path: bytes}, hidden ones too, sorted."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def status_of(main, *words):
+    """The exit status of a script's main with these words."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as ended:
+        return ended.code
+
+
 def noise(*shape, seed=0):
     """Float64 in [-1, 1]."""
     return torch.from_numpy(np.tanh(np.random.RandomState(seed).randn(*shape)))
@@ -136,17 +159,12 @@ class SmallRun:
 
     def __call__(self, *flags):
         """The exit status of train.py with these flags."""
-        return self.main(self.argv(*flags))
+        return status_of(self.module.main, *self.argv(*flags))
 
     def resume(self, *flags):
         """The same with --resume and only what finds the run."""
-        return self.main(["--output-root", str(self.root), "--run-name", "run", "--resume", *flags])
-
-    def main(self, argv):
-        try:
-            return self.module.main(argv)
-        except SystemExit as ended:
-            return ended.code
+        words = ["--output-root", self.root, "--run-name", "run", "--resume", *flags]
+        return status_of(self.module.main, *words)
 
     def fork(self, *flags, prepare=lambda: None, resume=False):
         """Runs in a child process, without output. Returns its id."""

@@ -143,9 +143,9 @@ def test_uploads_and_reads_are_noticed(fake_cuda, act, error):
         act(torch.ones(2, device=CUDA))
 
 
-@pytest.mark.parametrize(
-    "name, precision", [("cuda:1", "tf32"), ("auto", "fp32"), ("cuda", "bf16")]
-)
+@pytest.mark.parametrize("name, precision", [
+    ("cuda:1", "tf32"), ("auto", "fp32"), ("cuda", "bf16"),
+])  # fmt: skip
 def test_the_gpu_is_selected_and_tf32_set(method, name, precision, monkeypatch):
     train, chosen = load_script(method), []
     monkeypatch.delenv("LOCAL_RANK", raising=False)

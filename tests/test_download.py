@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 import download
+from conftest import ROOT, names_in, tree
 
-SCRIPT = Path(__file__).resolve().parents[1] / "datasets" / "download.py"
+SCRIPT = ROOT / "datasets" / "download.py"
 TAR, ZIP = "/pix2pix/datasets/facades.tar.gz", "/cyclegan/datasets/grumpifycat.zip"
 PAIRS = {f"facades/train/{i}.jpg": os.urandom(3000) for i in range(20)}  # gzip cannot shrink them
 SIDES = {f"grumpifycat/train{side}/{i}.PNG": os.urandom(500) for side in "AB" for i in "12"}
@@ -112,23 +113,16 @@ def run(server, root, *flags, name="facades"):
 
 def error_of(capsys, function, *args, **kwargs):
     """The one line that a failing call writes to standard error; its exit status must be 2."""
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match=r"^2$"):
         function(*args, **kwargs)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("download.py: error: ")
-    return lines[0]
-
-
-def names_in(root):
-    return sorted(path.name for path in root.iterdir())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("download.py: error: ")
+    return line
 
 
 def check_set(root, files):
     """root holds these files and nothing else: no part and no temporary folder is left."""
-    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    assert {name: path.read_bytes() for name, path in found.items()} == files
+    assert tree(root) == files
     assert names_in(root) == sorted({name.split("/")[0] for name in files})
 
 

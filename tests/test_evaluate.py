@@ -10,17 +10,14 @@ import sys
 import types
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT))
-import evaluate
-
 import images
+from conftest import ROOT, status_of
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +61,9 @@ def run(tmp_path, *argv):
 
 def refused(capsys, *argv):
     """The one line on stderr of a run that must end with status 2."""
-    try:
-        status = evaluate.main([*map(str, argv)])
-    except SystemExit as ended:
-        status = ended.code
+    assert status_of(evaluate.main, *argv) == 2
     line = re.split(r"[\r\n]", capsys.readouterr().err.strip())[-1]  # behind a progress bar
-    assert status == 2 and line.startswith("evaluate.py: error: ")
+    assert line.startswith("evaluate.py: error: ")
     return line
 
 
@@ -483,10 +477,8 @@ def test_refusals(tmp_path, capsys):
 @pytest.mark.parametrize("names", ["12", "124", "1123"])
 @pytest.mark.parametrize("flag", ["--paired", "--input"])
 def test_stems_that_do_not_match_are_named(tmp_path, capsys, flag, names):
-    a, b = (
-        write(tmp_path / "a", blobs(3), "123"),
-        write(tmp_path / "b", blobs(4)[: len(names)], names),
-    )
+    a = write(tmp_path / "a", blobs(3), "123")
+    b = write(tmp_path / "b", blobs(4)[: len(names)], names)
     if names == "1123":
         shutil.copy(b / "1.png", b / "1.bmp")
     error = refused(capsys, *([a, b, flag] if flag == "--paired" else [a, a, flag, b]))

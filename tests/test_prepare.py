@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "datasets"))
 import images
 import prepare
+from conftest import ROOT, names_in, pixels, tree
 
 
 def image(number, size=(16, 12), low=0):
@@ -22,11 +20,6 @@ def image(number, size=(16, 12), low=0):
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1], pixels[..., 2] = number, np.linspace(200, 0, width), low
     return Image.fromarray(pixels)
-
-
-def pixels(path):
-    with Image.open(path) as opened:
-        return np.asarray(opened.convert("RGB"))
 
 
 def save(folder, names, low=0, **kwargs):
@@ -47,11 +40,8 @@ def folders(tmp_path):
 def pair_set(tmp_path):
     """datasets/pairs with nine training, four val and three test pairs: y blue, x not."""
     folder = tmp_path / "data" / "pairs"
-    for split, numbers in (
-        ("train", range(1, 10)),
-        ("val", range(10, 14)),
-        ("test", range(14, 17)),
-    ):
+    splits = {"train": range(1, 10), "val": range(10, 14), "test": range(14, 17)}
+    for split, numbers in splits.items():
         (folder / split).mkdir(parents=True)
         for number in numbers:
             pair = np.hstack([image(number, low=255), image(number)])
@@ -74,15 +64,6 @@ def error_of(capsys, tmp_path, *words):
     assert end.value.code == 2 and error.startswith("prepare.py: error: ")
     assert tree(tmp_path / "data") == before and not [*tmp_path.glob("data/.*")]
     return error
-
-
-def tree(folder):
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_unpaired_copies_every_file_as_it_is_and_holds_out_a_fifth(folders, tmp_path, capsys):
@@ -138,15 +119,12 @@ def test_what_is_left_out_is_counted_and_named(folders, tmp_path, capsys):
     assert "broken.png" in broken
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["1.png", "a/2.png"], ["1.png", "2.png"]),
-        (["1.png", "a/1.png", "a/b/c.png"], ["1.png", "a-1.png", "a-b-c.png"]),
-        (["1.png", "1.bmp"], ["1.bmp.bmp", "1.png.png"]),
-        (["A.png", "s/a.png"], ["A.png", "s-a.png"]),  # one file where letter case is ignored
-    ],
-)
+@pytest.mark.parametrize("names, expected", [
+    (["1.png", "a/2.png"], ["1.png", "2.png"]),
+    (["1.png", "a/1.png", "a/b/c.png"], ["1.png", "a-1.png", "a-b-c.png"]),
+    (["1.png", "1.bmp"], ["1.bmp.bmp", "1.png.png"]),
+    (["A.png", "s/a.png"], ["A.png", "s-a.png"]),  # one file where letter case is ignored
+])  # fmt: skip
 def test_equal_names_get_those_of_the_sub_folders(tmp_path, names, expected):
     save(tmp_path / "x", names)
     save(tmp_path / "y", ["9.png"])
@@ -265,25 +243,20 @@ def test_what_ends_early_leaves_the_old_dataset_and_nothing_else(
     assert tree(root) == before and names_in(root) == ["mine"] and len(copied) == 3
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("unpaired", "nowhere", "art", "mine"), "nowhere: no folder"),
-        (("unpaired", "empty", "art", "mine"), "empty: no images"),
-        (("pairs", "photos", "other", "mine"), "no usable image for mine/train"),
-        (("unpaired", "photos", "photos", "mine"), "overlap"),
-        (("unpaired", "photos", "art", "a/b"), "'a/b' is not a plain folder name"),
-        (("unpaired", "photos", "art", "mine", "--test", "-1"), "--test"),
-        (("split", "nowhere", "cut"), "train: no folder"),
-        (("cut", "pairs", "mine"), "invalid choice"),
-        (("split", "photos", "art", "mine"), "split NAME NEW"),
-    ],
-)
+@pytest.mark.parametrize("words, expected", [
+    ("unpaired nowhere art mine", "nowhere: no folder"),
+    ("unpaired empty art mine", "empty: no images"),
+    ("pairs photos other mine", "no usable image for mine/train"),
+    ("unpaired photos photos mine", "overlap"),
+    ("unpaired photos art a/b", "'a/b' is not a plain folder name"),
+    ("unpaired photos art mine --test -1", "--test"), ("split nowhere cut", "train: no folder"),
+    ("cut pairs mine", "invalid choice"), ("split photos art mine", "split NAME NEW"),
+])  # fmt: skip
 def test_bad_input_is_one_line(folders, tmp_path, capsys, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     save(tmp_path / "other", ["unlike.png"])
-    assert expected in error_of(capsys, tmp_path, *words)
+    assert expected in error_of(capsys, tmp_path, *words.split())
 
 
 def test_the_last_line_is_the_next_command_and_torch_is_not_needed(folders, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import METHODS, ROOT, commands_here, load_script, picture
+from conftest import METHODS, ROOT, commands_here, load_script, picture, pixels, status_of, tree
 
 OLD = ROOT / "tests" / "old_checkpoints"  # written by commit c8368aa, with an image and its result
 IDENTITY = (lambda x: x, 4, 32)
@@ -82,19 +82,7 @@ def run(module, checkpoint, source, output, *flags):
     """The exit status of main."""
     sources = source if isinstance(source, list) else [source]
     argv = ["--checkpoint", checkpoint, "--input", *sources, "--output", output, "--device", "cpu"]
-    try:
-        return module.main([str(word) for word in (*argv, *flags)])
-    except SystemExit as ended:
-        return ended.code
-
-
-def pixels(file):
-    with Image.open(file) as image:
-        return np.asarray(image)
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    return status_of(module.main, *argv, *flags)
 
 
 def messages(capsys):
@@ -147,7 +135,7 @@ def test_a_result_depends_on_its_image_alone(module, checkpoint, tmp_path):
     (source / "1b.png").write_text("not an image")
     assert run(module, checkpoint, source, tmp_path / "many") == 1
     assert run(module, checkpoint, source / "same.png", tmp_path / "one") == 0
-    many, one = contents(tmp_path / "many"), contents(tmp_path / "one")
+    many, one = tree(tmp_path / "many"), tree(tmp_path / "one")
     assert many["same.png"] == many["0.png"] == one["same.png"] != many["1.png"]
     assert not torch.backends.cudnn.benchmark and torch.backends.cudnn.deterministic
 
@@ -213,7 +201,7 @@ def test_several_inputs_and_other_files(module, tmp_path, capsys):
     (first / "notes.txt").write_text("not an image")
     source = [first, second / "photo.v2.JPG", first / "0.png"]
     assert run(module, "c.pt", source, tmp_path / "out" / "new") == 0
-    assert list(contents(tmp_path / "out" / "new")) == ["0.png", "photo.v2.png"]
+    assert list(tree(tmp_path / "out" / "new")) == ["0.png", "photo.v2.png"]
     out, err = capsys.readouterr()
     assert "notes.txt" in err and "2 translated, 0 skipped, 0 failed" in out
 
@@ -227,22 +215,22 @@ def test_output_can_be_an_image_file(module, tmp_path):
             assert (image.format, image.size) == (kind, (40, 33))
     (tmp_path / "folder.png").mkdir()
     assert run(module, "c.pt", source / "0.png", tmp_path / "folder.png") == 0
-    assert list(contents(tmp_path / "folder.png")) == ["0.png"]
+    assert list(tree(tmp_path / "folder.png")) == ["0.png"]
 
 
 @pytest.mark.usefixtures("unchanged")
 def test_results_are_overwritten_unless_skipped(module, tmp_path, capsys):
     source, out = write_images(tmp_path / "in", (9, 8), (7, 6)), tmp_path / "out"
     assert run(module, "c.pt", source, out) == 0
-    made = contents(out)
+    made = tree(out)
     (out / "0.png").write_bytes(b"mine")
     (out / "0001.tmp").write_bytes(b"mine")
     (out / "1.png").unlink()
     assert run(module, "c.pt", source, out, "--skip-existing") == 0
     assert "1 translated, 1 skipped, 0 failed" in capsys.readouterr().out
-    assert contents(out) == {**made, "0.png": b"mine", "0001.tmp": b"mine"}
+    assert tree(out) == {**made, "0.png": b"mine", "0001.tmp": b"mine"}
     assert run(module, "c.pt", source, out) == 0
-    assert contents(out) == {**made, "0001.tmp": b"mine"}
+    assert tree(out) == {**made, "0001.tmp": b"mine"}
 
 
 def test_images_that_fail_are_named_and_skipped(module, monkeypatch, tmp_path, capsys):
@@ -255,7 +243,7 @@ def test_images_that_fail_are_named_and_skipped(module, monkeypatch, tmp_path, c
     source = write_images(tmp_path / "in", (40, 40), (4, 2000), (60, 60), (40, 40))
     (source / "2b.jpg").write_bytes(b"not an image")
     assert run(module, "c.pt", source, tmp_path / "out") == 1
-    assert list(contents(tmp_path / "out")) == ["0.png", "1.png", "3.png"]
+    assert list(tree(tmp_path / "out")) == ["0.png", "1.png", "3.png"]
     failed = [line for line in messages(capsys) if "failed: " in line]
     assert len(failed) == 2 and "2.png: can't allocate memory" in failed[0]
     assert failed[0].endswith("; try --size 512")
@@ -289,7 +277,7 @@ def test_a_signal_ends_it_cleanly(module, tmp_path, monkeypatch, name):
     original = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", interrupted)
     assert run(module, "c.pt", source, out) == 128 + number
-    assert set(contents(out)) - {"1.png"} == {"0.png"}  # and no temporary file
+    assert set(tree(out)) - {"1.png"} == {"0.png"}  # and no temporary file
     for file in out.iterdir():
         np.testing.assert_array_equal(pixels(file), pixels(source / file.name))
 
@@ -302,7 +290,7 @@ def test_bad_inputs_and_outputs(module, tmp_path, capsys):
     nested = write_images(tmp_path / "mine" / "test" / "x", (9, 8)).parent
     (tmp_path / "empty").mkdir()
     (tmp_path / "linked").symlink_to(source)
-    before = contents(source)
+    before = tree(source)
     for inputs, output, words in (
         (source, source, ["where inputs are", "--output"]),
         (source, tmp_path / "linked", ["where inputs are"]),
@@ -320,7 +308,7 @@ def test_bad_inputs_and_outputs(module, tmp_path, capsys):
         (error,) = messages(capsys)
         assert error.startswith("translate.py: error: ")
         assert all(word in error for word in words), error
-    assert contents(source) == before and not (tmp_path / "out").exists()
+    assert tree(source) == before and not (tmp_path / "out").exists()
 
 
 def test_bad_checkpoints(method, module, checkpoint, tmp_path, capsys):
