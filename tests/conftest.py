@@ -21,6 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = [name for name in ("pix2pix", "cycleGAN", "CUT") if (ROOT / name / "train.py").exists()]
+UNPAIRED = [name for name in METHODS if name != "pix2pix"]
 TOOLS = ["", "datasets", "visualize", "experiments", "benchmarks"]
 sys.path[:0] = [str(ROOT / name) for name in METHODS + TOOLS]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import parity
 import plain
 import step_time
-from conftest import METHODS, NARROW, ROOT, SMALL, load_script, patch_run, write_pairs
+from conftest import METHODS, NARROW, ROOT, SMALL, UNPAIRED, load_script, patch_run, write_pairs
 
 CUDA = torch.device("cuda:0")
 FLAGS = {method: [*NARROW, *SMALL[method][1]] for method in METHODS}
@@ -187,7 +187,7 @@ def test_adam_is_fused_where_torch_can(method, kind, fused):
     assert optimizer.defaults["fused"] == fused
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS} - {"pix2pix"}))
+@pytest.mark.parametrize("method", UNPAIRED)
 def test_processes_gather_cpu_tensors(method, monkeypatch, fake_cuda):
     """And a buffer that was loaded returns CUDA tensors."""
     train, gathered = load_script(method), []

@@ -9,9 +9,8 @@ import torch
 from PIL import Image, ImageCms
 from torch.utils.data import DataLoader
 
-from conftest import METHODS, load_script, picture
+from conftest import METHODS, UNPAIRED, load_script, picture
 
-UNPAIRED = [name for name in METHODS if name != "pix2pix"]
 unpaired = pytest.mark.parametrize("method", UNPAIRED)
 pix2pix = pytest.mark.skipif("pix2pix" not in METHODS, reason="pix2pix is not here")
 any_dataset = import_module(f"{METHODS[0]}_dataset")  # the three read files alike

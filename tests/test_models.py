@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import METHODS, ROOT, noise
+from conftest import METHODS, ROOT, UNPAIRED, noise
 
 PARITY = ROOT / "tests" / "parity"
-UNPAIRED = [method for method in METHODS if method != "pix2pix"]
 TAPS = ["pix", "c7s1_64", "d128", "d256", "R256_1", "R256_2", "R256_3"]
 RESNET = {
     "resnet9_instancenorm": ("ResnetGenerator", 9, 64),
