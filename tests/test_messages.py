@@ -18,7 +18,7 @@ def error(tmp_path, capsys):
     roots = ["--data-root", str(tmp_path), "--output-root", str(tmp_path / "runs")]
 
     def run(method, *flags):
-        small = ["--image-size", "32", "--ngf", "2", "--ndf", "2", "--num-workers", "0"]
+        small = ["--image-size=32", "--ngf=2", "--ndf=2", "--num-workers=0", "--max-steps=1"]
         with pytest.raises(SystemExit, match=r"^2$"):
             sys.exit(load_script(method).main([*roots, *small, *flags]))
         return error_line(capsys)
@@ -57,6 +57,23 @@ def test_a_dataset_that_cannot_be_used(error, method, folder, expected):
 def test_a_device_that_does_not_exist(error, method):
     line = error(method, "--device", "gpu")
     assert "--device gpu" in line and "use auto, cpu, cuda, cuda:1 or mps" in line
+
+
+DO_NOT_FIT = [
+    ("pix2pix", "--image-size 48", "expected a power of two"),
+    ("cycleGAN", "--image-size 34", "a multiple of 4"),
+    ("cycleGAN", "--pix-loss --pix-pool 3", "of --pix-pool"),
+    ("cycleGAN", "--pix-blur", "nothing without --pix-loss"),
+    ("CUT", "--image-size 34", "a multiple of 4"), ("CUT", "--num-patches 1", "2 or more"),
+    ("CUT", "--n-layers 4", "no layer 'R256_5'; the layers are pix, c7s1_64, d128, d256, R256_1"),
+    ("CUT", "--query attention --feat-str d128,d256", "needs deep layers last"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, flags, words", [d for d in DO_NOT_FIT if d[0] in METHODS])
+def test_flags_that_do_not_fit_together(error, method, flags, words):
+    data = "toy" if method == "pix2pix" else "sides"
+    assert words in error(method, "--data-folder", data, *flags.split())
 
 
 def test_resume_alone_lists_the_runs_that_can_be_resumed(error, method, tmp_path):
