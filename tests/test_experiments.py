@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import run
 from PIL import Image
 
-from conftest import METHODS, write_pairs, write_unpaired
+from conftest import METHODS, ROOT, write_pairs, write_unpaired
 
 Run = run.Run
 
@@ -49,6 +50,21 @@ def test_runs_are_chosen_by_name_or_question(capsys):
     assert names("patches") == ["facades-128-antialias", "facades-128-patches-64"]
     assert names("facades-128-e", "monet-no") == ["monet-no-pix", "facades-128-ema"]
     assert names("paper-monet-p", "--scale", "paper")[1:] == ["paper-monet-pool"]
+
+
+def test_the_published_tables_are_those_of_results_csv():
+    rows = judge.read_results(judge.HERE / "results.csv")
+    text = (judge.HERE / "README.md").read_text()
+    assert judge.fill(text, rows) == text
+    forms = {"label_pixel": ".3f", "label_class": ".3f", "label_iou": ".3f", "swd": ".0f"}
+    measured = {
+        tuple(f"{float(row[name] or 'nan'):{form}}" for name, form in forms.items())
+        for row in rows.values()
+    }
+    number = r" (0\.\d+) \|"
+    shown = re.findall(rf"\|{number * 3} (\S+) \|", (ROOT / "README.md").read_text())
+    assert len(shown) > 2
+    assert {tuple(cell.replace("\u2013", "nan") for cell in row) for row in shown} <= measured
 
 
 @pytest.mark.parametrize("module", [run, judge])
