@@ -323,7 +323,7 @@ def test_every_mode_becomes_8_bit_rgb(tmp_path, capsys, name, pixels, options, e
 
 
 @pytest.mark.parametrize("suffix", [
-    "jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "ppm", "JPG", "Jfif", "PNG",
+    "jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "JPG", "Jfif", "PNG",
 ])  # fmt: skip
 def test_every_suffix(tmp_path, suffix):
     image, path = picture(np.random.default_rng(0), 40, 20), tmp_path / f"a.{suffix}"

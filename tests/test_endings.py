@@ -38,7 +38,8 @@ def test_a_signal_saves_and_says_how_to_continue(run, straight, at_step, capsys,
     at_step(3, lambda *_: os.kill(os.getpid(), number))
     assert run(*FOUR_EPOCHS) == 128 + number
     assert run.state()["progress"]["step"] == 3
-    assert f"python {run.method}/train.py --run-name run --resume" in capsys.readouterr().out
+    words = f"{run.method}/train.py --run-name run --resume --output-root {run.root}"
+    assert f"to continue: python {words}\n" in capsys.readouterr().out
     assert run.resume() == 0
     assert_same(run.traces(), straight)
 
