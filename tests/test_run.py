@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from conftest import FOUR_EPOCHS, ROOT, assert_same, error_line, one_method, patch_run, spy
+from conftest import FOUR_EPOCHS, METHODS, ROOT, assert_same, error_line, one_method, patch_run, spy
 
 
 @pytest.mark.parametrize("step, workers", [(3, "20"), (5, "02"), (4, "00")])
@@ -65,6 +67,23 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone(run, monkey
         assert not torch.equal(one, two)
         sums = [epoch.sum((1, 2, 3)).sort()[0] for epoch in (one, two)]  # whatever the order
         assert not torch.allclose(*sums)
+
+
+@one_method
+def test_the_seed_sets_the_initial_weights(run):
+    weights = []
+    for seed in "01":
+        assert run(*FOUR_EPOCHS, "--max-steps", "1", "--overwrite", "--seed", seed) == 0
+        weights.append(run.state()["G"])
+    differences = [(weights[0][name] - weights[1][name]).abs().max() for name in weights[0]]
+    assert max(differences) > 0.01  # one step of Adam changes 2e-4
+
+
+@one_method
+def test_bf16_is_refused_where_it_is_slow(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert run("--precision", "bf16") == 2
+    assert "use tf32 or fp32" in error_line(capsys)
 
 
 @one_method
@@ -139,7 +158,10 @@ def test_what_a_run_leaves(run, monkeypatch):
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     rates = [float(row["learning_rate"]) for row in rows]
     assert rates == pytest.approx([2e-4, 2e-4, 2e-4 * 2 / 3, 2e-4 / 3])
-    assert run.state()["optimizer_G"]["param_groups"][0]["lr"] == pytest.approx(2e-4 / 3)
+    adams = [part for name, part in run.state().items() if name.startswith("optimizer")]
+    assert {adam["param_groups"][0]["lr"] for adam in adams} == {rates[3]}
+    measure = {"pix2pix": "test_l1", "cycleGAN": "l1_xy", "CUT": "l1"}[run.method]
+    assert [row[measure] != "" for row in rows] == [True, False, True, True]
     if run.method == "pix2pix":
         assert len(Image.open(run.folder / "losses.png").getcolors(1 << 24)) > 10
     facts = json.loads((run.folder / "args.json").read_text())
@@ -149,10 +171,20 @@ def test_what_a_run_leaves(run, monkeypatch):
     git = ["git", "rev-parse", "HEAD"]
     head = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     assert (facts["commit"] or "").removesuffix("-dirty") == head
-    assert (facts["method"], facts["torch"]) == (run.method, torch.__version__)
+    found = [facts[name] for name in ("method", "torch", "device_used")]
+    assert found == [run.method, torch.__version__, "cpu"]
     names = {"args.json", ".lock", "losses.csv", "losses.png", "val"}
     assert {f.name for f in run.folder.iterdir()} == names
     assert [f.name for f in run.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"pix2pix"}), scope="module")
+def test_the_original_repositorys_names_of_train_work(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "train", run.module)
+    monkeypatch.setattr(sys, "argv", ["train.py", *run.argv("--epochs", "1")])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / run.method / f"{run.method}_train.py"), run_name="__main__")
+    assert len(run.rows()) == 1
 
 
 @one_method
@@ -174,6 +206,8 @@ def test_without_save_model_it_says_so_at_the_start_and_saves_nothing(run, capsy
     assert "--save-model" in start and "--save-model" in end
     assert not run.checkpoint.parent.exists()
     assert (run.folder / "losses.csv").exists() and (run.folder / "val" / "x1.png").exists()
+    assert run.resume() == 2
+    assert "has no checkpoint: --overwrite or a new --run-name" in error_line(capsys)
 
 
 @one_method
@@ -253,7 +287,7 @@ def test_init_from_takes_the_weights_only(run, monkeypatch):
         return training_step(nets, *rest)
 
     monkeypatch.setattr(run.module, "training_step", watched)
-    flags = ["--run-name", "fine", "--init-from", run.checkpoint, "--epochs", "1"]
+    flags = ["--run-name", "fine", "--init-from", run.folder, "--epochs", "1"]
     assert run(*flags, "--seed", "5") == 0
     assert_same(dict(first[0]), dict(source["G"]))
     assert len(first) == 6  # it starts at step 1
@@ -334,6 +368,7 @@ DAMAGE = [  # what the error says, and a function of the state, or of the bytes 
     ("does not fit", change("progress", "rows", to=[{"epoch": [1]}])),
     ("does not fit", change("progress", "sums", to={"G": None})),
     ("does not fit", without("progress")),
+    ("use --init-from", without("ranks")),
     ("does not fit", change("ranks", 0, "random", to=[torch.zeros(3)])),
     ("does not fit", change("ranks", to=3)),
     ("--nproc-per-node 2", change("ranks", to=lambda ranks: ranks * 2)),
@@ -374,15 +409,30 @@ def test_bad_flags_get_one_line(run, capsys):
     assert not (run.root / "visualize").exists()
 
 
-COMMON = """data_folder data_root output_root run_name epochs batch_size num_workers load_size
-image_size fit jitter flip swap_xy ngf ndf lr ema seed sample_every save_model resume init_from
-overwrite device precision compile max_steps """
-CYCLE = """n_layers buffer_size cycle_ratio pix_loss pix_ratio pix_blur pix_pool identity_ratio
-antialias"""
-CUT = """n_layers buffer_size num_patches feat_str NCE_ratio NCE_ratio_id detach flip_equivariance
-antialias fast tau nce query src_ratio"""
-FLAGS = {"pix2pix": "l1_ratio", "cycleGAN": CYCLE, "CUT": CUT}
-FLAGS = {method: sorted((COMMON + own).split()) for method, own in FLAGS.items()}
+COMMON = {
+    "data_folder": "facades", "data_root": f"{ROOT}/datasets", "output_root": str(ROOT),
+    "run_name": "facades", "epochs": 200, "batch_size": 1, "num_workers": min(4, os.cpu_count()),
+    "load_size": 286, "image_size": 256, "fit": "stretch", "jitter": True, "flip": True,
+    "swap_xy": False, "ngf": 64, "ndf": 64, "lr": 2e-4, "ema": 0, "seed": 0, "sample_every": 10,
+    "save_model": False, "resume": False, "init_from": "", "overwrite": False, "device": "auto",
+    "precision": "tf32", "compile": False, "max_steps": 0,
+}  # fmt: skip
+DEFAULTS = {"pix2pix": {**COMMON, "l1_ratio": 100}}
+DEFAULTS["cycleGAN"] = {
+    **COMMON, "n_layers": 9, "buffer_size": 50, "cycle_ratio": 10, "pix_loss": False,
+    "pix_ratio": 5, "pix_blur": False, "pix_pool": 1, "identity_ratio": 0, "antialias": False,
+}  # fmt: skip
+DEFAULTS["CUT"] = {
+    **COMMON, "epochs": 400, "n_layers": 9, "buffer_size": 0, "num_patches": 256,
+    "feat_str": "pix, d128, d256, R256_1, R256_5", "NCE_ratio": 1, "NCE_ratio_id": 1,
+    "detach": True, "flip_equivariance": False, "antialias": False, "fast": False, "tau": 0.07,
+    "nce": "infonce", "query": "random", "src_ratio": 0,
+}  # fmt: skip
+
+
+def test_the_defaults_are_the_papers_in_every_working_directory(run, monkeypatch):
+    monkeypatch.chdir(run.root)
+    assert vars(run.module.parse_args([])) == DEFAULTS[run.method]
 
 
 def test_every_flag_is_there_and_read_by_somebody(run):
@@ -394,7 +444,7 @@ def test_every_flag_is_there_and_read_by_somebody(run):
             return super().__getattribute__(name)
 
     args = vars(run.module.parse_args(run.argv("--epochs", "1", "--batch-size", "4")))
-    assert sorted(args) == FLAGS[run.method]
+    assert args.keys() == DEFAULTS[run.method].keys()
     run.module.train(Watched(**{**args, **({"pix_loss": True} if "pix_loss" in args else {})}))
     assert set(args) - read == set()
 
@@ -405,4 +455,5 @@ def test_the_end_names_the_next_command(run, capsys):
     assert f"python {run.method}/train.py --run-name run --resume" in capsys.readouterr().out
     assert run.resume() == 0
     translate = f"python {run.method}/translate.py --checkpoint {run.checkpoint}"
-    assert translate in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert translate in shown and f"grids: {run.folder / 'val'}\n" in shown
