@@ -333,6 +333,14 @@ def test_every_suffix(tmp_path, suffix):
     assert np.abs(read(path).astype(int) - np.asarray(image)).mean() <= lossy
 
 
+def test_a_jpeg_far_larger_than_needed_is_decoded_smaller(tmp_path):
+    image, path = picture(np.random.default_rng(0), 1600, 1200), tmp_path / "a.jpg"
+    image.save(path, quality=100)
+    small = load_rgb(path, 300)
+    assert small.size == (400, 300) and load_rgb(path, 601) == load_rgb(path)
+    assert np.abs(np.asarray(small, int) - np.asarray(image.resize((400, 300)))).mean() < 3
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 def test_colour_profiles_are_converted_to_srgb(tmp_path, suffix):
     """A profile of sRGB with red and green exchanged; a damaged one changes nothing."""

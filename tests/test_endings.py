@@ -349,6 +349,13 @@ def test_processes_that_differ_report_it(run, monkeypatch, capsys):
 
 
 @one_method
+def test_more_processes_than_images_are_refused(run, monkeypatch, capsys):
+    patch_run(monkeypatch, run.method, WORLD_SIZE=100, gather=lambda own: [own])
+    assert run(*FOUR_EPOCHS) == 2
+    assert "too few for 100 processes" in error_line(capsys)
+
+
+@one_method
 def test_torchrun_reports_the_real_error_of_a_process(run, warm_python):
     image = run.images()[0]
     image.write_bytes(image.read_bytes()[:-100])

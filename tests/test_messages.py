@@ -67,6 +67,7 @@ DO_NOT_FIT = [
     ("CUT", "--image-size 34", "a multiple of 4"), ("CUT", "--num-patches 1", "2 or more"),
     ("CUT", "--n-layers 4", "no layer 'R256_5'; the layers are pix, c7s1_64, d128, d256, R256_1"),
     ("CUT", "--query attention --feat-str d128,d256", "needs deep layers last"),
+    ("CUT", "--feat-str ,", "--feat-str must name a layer"),
 ]  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """datasets/prepare.py: people's own folders, pairs, and pairs cut in two."""
 
 import shutil
+import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,20 @@ def test_pairs_of_equal_names_go_by_their_sub_folders(tmp_path):
     assert names_in(new) == ["b-1.png"] and pixels(new / "b-1.png")[0, 16, 0] == 2  # b/1.png
 
 
+def test_a_name_of_two_files_stops_pairs(tmp_path, capsys):
+    save(tmp_path / "x", ["1.png", "2.png", "2.jpg"])
+    save(tmp_path / "y", ["1.jpg", "2.jpg"])
+    error = error_of(capsys, tmp_path, "pairs", tmp_path / "x", tmp_path / "y", "mine")
+    assert f"two files in {tmp_path / 'x'} or {tmp_path / 'y'} are called 2; rename one" in error
+
+
+def test_accents_of_a_mac_and_of_other_systems_are_the_same(tmp_path):
+    save(tmp_path / "x", [unicodedata.normalize("NFD", "é.png")])
+    save(tmp_path / "y", [unicodedata.normalize("NFC", "é.png")])
+    new = run(tmp_path, "pairs", tmp_path / "x", tmp_path / "y", "mine")
+    assert names_in(new / "mine/train") == [unicodedata.normalize("NFC", "é.png")]
+
+
 def test_pairs_apply_the_rotation_and_resize_x_to_y(tmp_path, capfd):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees to the right
@@ -241,6 +257,8 @@ def test_what_ends_early_leaves_the_old_dataset_and_nothing_else(
         run(tmp_path, "unpaired", *folders, "mine", "--overwrite")
     assert end.value.code == (130 if ending is KeyboardInterrupt else 2)
     assert tree(root) == before and names_in(root) == ["mine"] and len(copied) == 3
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        assert signal.getsignal(number) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("words, expected", [

@@ -128,6 +128,17 @@ def slug(heading):
 
 
 @every_page
+def test_no_command_trains_over_a_run_that_is_here(page):
+    for words in commands(page):
+        method, _, script = " ".join(words[1:2]).partition("/")
+        if script == "train.py" and "--help" not in words:
+            args = load_script(method).parse_args(words[2:])
+            folder = ROOT / "visualize" / method / args.run_name
+            known = subprocess.getoutput(f"git -C '{ROOT}' ls-files '{folder}' 2>&-")
+            assert args.resume or not known, args.run_name
+
+
+@every_page
 def test_every_link_and_image_exists(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)

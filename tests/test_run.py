@@ -453,6 +453,8 @@ def test_every_flag_is_there_and_read_by_somebody(run):
 def test_the_end_names_the_next_command(run, capsys):
     assert run(*FOUR_EPOCHS, "--max-steps", "1") == 0
     assert f"python {run.method}/train.py --run-name run --resume" in capsys.readouterr().out
+    assert run(*FOUR_EPOCHS, "--max-steps", "1", "--run-name", "a b") == 0
+    assert "--run-name 'a b' --resume" in capsys.readouterr().out
     assert run.resume() == 0
     translate = f"python {run.method}/translate.py --checkpoint {run.checkpoint}"
     shown = capsys.readouterr().out
