@@ -338,7 +338,7 @@ def evaluate(args):
     inputs = match(generated, sizes["input"], "--input") if args.input else []
     for one, other in pairs + inputs:
         (width, height), (w, h) = generated[one], (reference | sizes.get("input", {}))[other]
-        if not 2 / 3 < width * h / (height * w) < 3 / 2:
+        if 1.9 < width * h / (height * w) < 2.1:
             shapes = f"{one} is {width}x{height}, {other} is {w}x{h}"
             raise UserError(f"{shapes}: translate without --side-by-side to measure the results")
     shift = shift_metrics(args, inputs, generated) if args.checkpoint else {}
