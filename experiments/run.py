@@ -29,24 +29,24 @@ Run = namedtuple("Run", "method name flags questions", defaults=[""])  # questio
 # What two CPU cores train in hours: 128 px, half the filters, six blocks, some 30,000 steps.
 CPU = "--image-size 128 --load-size 143 --ngf 32 --ndf 32 --n-layers 6 --precision bf16"
 PILOT = f"--data-folder facades_unpaired {CPU} --epochs 44 --sample-every 6"
-FACADES = f"--data-folder facades_unpaired {CPU} --antialias --epochs 76 --sample-every 8"
+FACADES = f"--data-folder facades_unpaired {CPU} --epochs 76 --sample-every 8"
 MONET = f"--data-folder monet2photo {CPU} --epochs 56 --sample-every 6"  # for 540 photographs
 PAIRS = "--data-folder facades --precision bf16 --sample-every 8"  # 256 px
 RUNS = [
     Run("pix2pix", "facades-256-half", f"{PAIRS} --ngf 32 --ndf 32 --epochs 80", "pix2pix"),
     Run("pix2pix", "facades-256", f"{PAIRS} --epochs 76", "pix2pix"),
-    Run("CUT", "facades-128-antialias", FACADES, "CUT steadiness patches detach"),
-    Run("cycleGAN", "facades-128-antialias", FACADES, "cycleGAN"),
+    Run("CUT", "facades-128-antialias", f"{FACADES} --antialias", "CUT steadiness patches detach"),
+    Run("cycleGAN", "facades-128", FACADES, "cycleGAN"),
     Run("CUT", "facades-128-pilot", PILOT, "CUT"),
     Run("cycleGAN", "facades-128-pilot", PILOT, "cycleGAN"),
     Run("cycleGAN", "monet-128", MONET, "inversion"),
     Run("cycleGAN", "monet-128-pix-loss", f"{MONET} --pix-loss", "inversion"),
     Run("CUT", "monet-128", f"{MONET} --swap-xy", "change"),
     Run("CUT", "monet-no-pix", f"{MONET} --swap-xy --feat-str d128,d256,R256_1,R256_5", "change"),
-    Run("CUT", "facades-128-ema", f"{FACADES} --ema 0.999", "steadiness"),
-    Run("CUT", "facades-128-buffer-50", f"{FACADES} --buffer-size 50", "steadiness"),
-    Run("CUT", "facades-128-patches-64", f"{FACADES} --num-patches 64", "patches"),
-    Run("CUT", "facades-128-no-detach", f"{FACADES} --no-detach", "detach"),
+    Run("CUT", "facades-128-ema", f"{FACADES} --antialias --ema 0.999", "steadiness"),
+    Run("CUT", "facades-128-buffer-50", f"{FACADES} --antialias --buffer-size 50", "steadiness"),
+    Run("CUT", "facades-128-patches-64", f"{FACADES} --antialias --num-patches 64", "patches"),
+    Run("CUT", "facades-128-no-detach", f"{FACADES} --antialias --no-detach", "detach"),
 ]
 SMALL = f"{CPU.replace('128', '64').replace('143', '72')} --sample-every 1 --seed"  # minutes each
 for seed, method, own in itertools.product((0, 1), ("CUT", "cycleGAN"), ("", " --antialias")):
