@@ -350,7 +350,7 @@ def test_processes_that_differ_report_it(run, monkeypatch, capsys):
 
 @one_method
 def test_more_processes_than_images_are_refused(run, monkeypatch, capsys):
-    patch_run(monkeypatch, run.method, WORLD_SIZE=100, gather=lambda own: [own])
+    monkeypatch.setattr(f"{run.method}_run.WORLD_SIZE", 100)
     assert run(*FOUR_EPOCHS) == 2
     assert "too few for 100 processes" in error_line(capsys)
 

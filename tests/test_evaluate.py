@@ -467,7 +467,7 @@ def test_refusals(tmp_path, capsys):
         ([a, a, "--input", one], "1 images found"),
         ([small, a], "32 pixels"),
         ([write(tmp_path / "wide", blobs(3, 128)), a, "--paired"], "--side-by-side"),
-        ([a, a, "--input", tmp_path / "wide"], "000.png is 128x64"),
+        ([tmp_path / "wide", a, "--input", a], "000.png is 128x64"),
         ([a, damaged], f"cannot read {damaged / '001.png'}"),
         ([a, a, "--pair"], "unrecognized arguments: --pair"),
         ([a], "required"),
