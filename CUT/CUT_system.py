@@ -221,7 +221,7 @@ def adopt_flags(args, argv):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: the run has {saved[name]}; leave {flag} out")
     if args.epochs != saved["epochs"]:
-        print(f"{args.epochs} epochs instead of {saved['epochs']}: the learning rate follows them")
+        print(f"{args.epochs} epochs instead of {saved['epochs']}: the learning rate adapts")
     return args
 
 
