@@ -22,7 +22,7 @@ from tqdm import tqdm
 from CUT_dataset import UserError
 from CUT_flags import parse_args
 
-METHOD = Path(__file__).resolve().parent.name
+METHOD = Path(__file__).stem.removesuffix("_system")
 RANK = int(os.environ.get("RANK", 0))  # this process's number among those of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
@@ -44,7 +44,8 @@ def pick_device(args):
     except (RuntimeError, AssertionError) as error:
         message = f"--device {args.device}: {str(error).splitlines()[0]}"
         raise UserError(f"{message}; use auto, cpu, cuda, cuda:1 or mps") from None
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    mkldnn = torch.backends.mkldnn.is_available()  # not on Macs: the operator is missing there
+    native = device.type != "cpu" or (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else native
     if args.precision == "bf16" and not native:
         raise UserError("--precision bf16 is slower than fp32 on this device; use tf32 or fp32")
@@ -61,7 +62,8 @@ def random_states(device, states=()):
     """The states of the random generators in use; first sets them to `states`, if given."""
     modules = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     for module, state in zip(modules, states, strict=False):
-        module.set_rng_state(state)
+        if module is torch or len(state) == len(module.get_rng_state()):  # else: CUDA's or MPS's
+            module.set_rng_state(state)
     return [module.get_rng_state() for module in modules]
 
 
@@ -107,7 +109,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: torch.save, full disk
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
         with suppress(OSError):
@@ -260,6 +262,7 @@ def explain(error):
         return "out of memory: use a smaller --batch-size, --image-size or --ngf"
     if "dataloader worker (pid" in text:
         return "a data loader worker died; --num-workers 0 loads without workers"
-    if isinstance(error, UserError | OSError) or "gloo" in text or "nccl" in text:
+    known = any(word in text for word in ("gloo", "nccl", "decompression bomb"))
+    if isinstance(error, UserError | OSError) or known:
         return one_line(error).split("UserError: ")[-1]  # a loader worker adds a traceback
     return None

@@ -68,13 +68,14 @@ def plan(args):
             hint = " or ".join(sorted(inside)[:4]) or f"a file {' '.join(SUFFIXES)}"
             raise UserError(f"no {'images in' if path.is_dir() else 'file'} {path}; try {hint}")
         files += found
-    taken = {p.resolve(): "where inputs are" for file in files for p in (file, file.parent)}
+    taken = {str(p.resolve()).lower(): "where inputs are" for f in files for p in (f, f.parent)}
     named = output.suffix.lower() in SUFFIXES and not output.is_dir()
     for file in dict.fromkeys(files):
         result = results[file] = output if named else output / f"{file.stem}.png"
-        if other := taken.get(output.resolve()) or taken.get(result.resolve()):
+        places = [str(p.resolve()).lower() for p in (output, result)]  # disks may ignore case
+        if other := taken.get(places[0]) or taken.get(places[1]):
             raise UserError(f"{file} cannot become {result}, {other}: rename it or change --output")
-        taken[result.resolve()] = f"the result of {file}"
+        taken[places[1]] = f"the result of {file}"
     return results
 
 

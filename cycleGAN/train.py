@@ -132,6 +132,7 @@ def prepare(net, args, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     net.forward = autocast(net.forward)
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # one count for all networks and their inputs
         net.compile()
     return net
 
@@ -185,8 +186,9 @@ def build_data(args):
         hint = "use datasets/prepare.py unpaired DIR_X DIR_Y NAME or, for pairs, split PAIRS NAME"
         raise layout_error(args, "images in train/x and train/y, or trainA and trainB", hint)
     if not all(test_set.sides):
-        test_set.sides = [side[:8] for side in train_set.sides]
-        note("test", "test/x or test/y has no images: the grids show eight training images")
+        sides = zip(test_set.sides, train_set.sides, strict=True)
+        test_set.sides = [test or train[:8] for test, train in sides]
+        note("test", "test/x or test/y has no images: eight training images take their place")
     if true_pairs(test_set):
         note("pairs", "test/x and test/y match by name and size: they are measured as pairs")
     for index in range(min(8, len(train_set))):  # notes what is odd, before loader workers can
@@ -235,10 +237,10 @@ def sample(nets, test_set, folder, epoch, device):
                 truth = to_unit(test_set.load(truths[index])[None].to(device))
                 value[f"l1_{source}{target}"] = l1_loss(fake, truth).item()
             values.append(value)
-            if index < 8:
-                images, fakes = [*images, image], [*fakes, fake]
-        save_grid(images, folder / f"{source}{epoch}.png")
-        save_grid(fakes, folder / f"{target}_G{epoch}.png")
+            images, fakes = [*images, image][:8], [*fakes, fake][:8]
+            if index + 1 == min(8, len(files)):  # now, since an image further on may be unreadable
+                save_grid(images, folder / f"{source}{epoch}.png")
+                save_grid(fakes, folder / f"{target}_G{epoch}.png")
         measured.update({n: sum(v[n] for v in values) / len(values) for n in values[0]})
     return measured
 
@@ -261,7 +263,7 @@ def save_grid(images, path):
 
 
 def train(args):
-    """Trains to the last epoch, --max-steps or a signal. Returns the signal's number, or None."""
+    """Trains to the last epoch, --max-steps or a signal. Returns the signal's number, or 0."""
     device = pick_device(args)
     torch.manual_seed(args.seed)
     train_set, test_set = build_data(args)

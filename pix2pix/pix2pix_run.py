@@ -86,9 +86,10 @@ class Run:
                 if found := state.get(name) or state.get(name.removesuffix("_ema")):
                     system.load_part(net, found, path)
         facts = [(n, v) for n, v in vars(args).items() if n not in system.FREE]
+        facts += [self.progress["step"]]
         facts += [(file.name, file.stat().st_size) for file in self.train_set.files]
         if any(other != facts for other in system.gather(facts)):
-            raise UserError("the processes have different flags or different training images")
+            raise UserError("the processes have different flags, checkpoints or training images")
         for number in system.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.catch)
@@ -154,10 +155,9 @@ class Run:
             yield [to_unit(images.to(self.device, non_blocking=pinned)) for images in batch]
             self.intact = True
             progress.update(batch=progress["batch"] + 1, step=progress["step"] + 1)
-            progress["seconds"] = time.monotonic() - started
             self.bar.update()
-            if progress["step"] == self.first_step + 20 and RANK == 0:
-                left = (self.bar.total - self.bar.n) * progress["seconds"] / progress["batch"]
+            if progress["step"] == self.first_step + 50 and RANK == 0:  # warm by now
+                left = (self.bar.total - self.bar.n) / (self.bar.format_dict["rate"] or 1)
                 tqdm.write(f"time left for the whole run: {timedelta(seconds=round(left))}")
             self.caught = max(system.gather(self.noted))
             if time.monotonic() - self.last_read > 0.5:
@@ -167,6 +167,7 @@ class Run:
             if not self.unfinished():
                 break
         self.read_losses()
+        progress["seconds"] = time.monotonic() - started  # read_losses has waited for the device
 
     def log(self, losses):
         """Keeps a step's losses on the device until read_losses: no step waits for them."""
@@ -196,13 +197,12 @@ class Run:
         return {**row, **{name: v / progress["batch"] for name, v in progress["sums"].items()}}
 
     def end_epoch(self, rate, sample):
-        """Samples, logs and saves where that is due.
-
-        rate: the epoch's learning rate. sample(folder, epoch) writes grids and returns measures.
-        """
+        """Samples, logs and saves where due. sample(folder, epoch): writes grids, returns means."""
         args, progress, epoch = self.args, self.progress, self.progress["epoch"]
         complete, limit = progress["batch"] == self.epoch_steps, progress["step"] == args.max_steps
         due = limit or (complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs))
+        if args.save_model and due:  # before sampling, which may be killed: --resume repeats it
+            self.save()
         row, measures = self.row(rate), {}
         rows = [*progress["rows"], row]
         if complete:
@@ -253,7 +253,7 @@ class Run:
             system.random_states(self.device, ranks[RANK]["random"])
             types = [type(found[name]) is type(value) for name, value in progress.items()]
             counts = found["epoch"] >= 1 and found["step"] >= 0 and found["batch"] >= 0
-            inside = found["batch"] < self.epoch_steps or found["files"] != files
+            inside = found["batch"] <= self.epoch_steps or found["files"] != files
             for row in (*found["rows"], found["sums"]):
                 sum(row.values())  # raises an error unless all are numbers
             if not (all(types) and counts and inside):

@@ -91,6 +91,7 @@ def prepare(net, args, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     net.forward = autocast(net.forward)
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # one count for all networks and their inputs
         net.compile()
     return net
 
@@ -175,10 +176,10 @@ def sample(nets, test_set, folder, epoch, device):
         x, y = (to_unit(half[None].to(device)) for half in test_set[0, index])
         fake_y = translate(nets.get("G_ema", nets["G"]), x)
         l1 += l1_loss(fake_y, y).item() / len(test_set)
-        if index < 8:
-            shown.append((x, y, fake_y))
-    for name, images in zip(("x", "y", "y_G"), zip(*shown, strict=True), strict=True):
-        save_grid(images, folder / f"{name}{epoch}.png")
+        shown = [*shown, (x, y, fake_y)][:8]
+        if index + 1 == min(8, len(test_set)):  # now, since an image further on may be unreadable
+            for name, images in zip(("x", "y", "y_G"), zip(*shown, strict=True), strict=True):
+                save_grid(images, folder / f"{name}{epoch}.png")
     return {"test_l1": l1}
 
 
@@ -192,7 +193,7 @@ def save_grid(images, path):
 
 
 def train(args):
-    """Trains to the last epoch, --max-steps or a signal. Returns the signal's number, or None."""
+    """Trains to the last epoch, --max-steps or a signal. Returns the signal's number, or 0."""
     device = pick_device(args)
     torch.manual_seed(args.seed)
     train_set, test_set = build_data(args)

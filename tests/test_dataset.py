@@ -1,5 +1,6 @@
 """Files to tensors: formats, pairing, geometry, what is random, what is noted."""
 
+import shutil
 import struct
 from importlib import import_module
 
@@ -257,6 +258,9 @@ def test_without_test_images_eight_training_images_are_shown(method, tmp_path, c
     assert [len(side) for side in sides] == [8] * len(sides) and len(train_set) == 9
     assert sides[0] == train_set.files[:8] and len(test_set) == 8
     assert torch.equal(test_set[1, 3][0], test_set[2, 3][0])
+    if method != "pix2pix":  # a lone side is shown
+        shutil.copytree(sides[0][0].parent, sides[0][0].parents[2] / "test" / "x")
+        assert [len(side) for side in build_data(method, tmp_path)[1].sides] == [9, 8]
 
 
 @pix2pix

@@ -124,6 +124,17 @@ def test_killed_while_saving_and_at_any_moment_resumes_exactly(run, straight):
 
 
 @one_method
+def test_killed_while_sampling_samples_again(run, straight):
+    def prepare():  # in the child process
+        run.module.sample = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_status(run.fork(*FOUR_EPOCHS, prepare=prepare)) == -signal.SIGKILL
+    assert run.state()["progress"]["step"] == 2 and not any((run.folder / "val").iterdir())
+    assert run.resume() == 0
+    assert_same(run.traces(), straight)
+
+
+@one_method
 def test_one_run_one_process_until_it_is_killed(run, capsys, at_step):
     at_step(2, lambda *_: time.sleep(60))
     pid = run.fork(*FOUR_EPOCHS)
@@ -195,13 +206,6 @@ def test_a_killed_loading_process_saves_first(run, straight, at_step, monkeypatc
 
 
 @one_method
-def test_a_removed_val_folder_is_made_again(run, straight, at_step):
-    at_step(1, lambda *_: shutil.rmtree(run.folder / "val"))
-    assert run(*FOUR_EPOCHS) == 0
-    assert_same(run.traces(), straight)
-
-
-@one_method
 def test_a_visualize_folder_that_cannot_be_written_is_a_warning(run, straight, at_step, capsys):
     """Full or read-only, while the model's disk is fine."""
 
@@ -234,7 +238,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(stopped, straight, capsys, share
 
 @one_method
 def test_it_saves_at_the_end_of_an_epoch_ten_minutes_after_the_last_save(run, monkeypatch):
-    """A clock that gains four minutes a step: saves after steps 2 (grids), 6 and 8 (the end)."""
+    """A clock that gains four minutes a step. At grids (steps 2 and 8): before and after them."""
     clock, saved = [0.0], []
     save, training_step = run.module.Run.save, run.module.training_step
 
@@ -250,7 +254,7 @@ def test_it_saves_at_the_end_of_an_epoch_ten_minutes_after_the_last_save(run, mo
     monkeypatch.setattr(run.module, "training_step", step)
     monkeypatch.setattr(run.module.Run, "save", watched)
     assert run(*SELDOM) == 0
-    assert saved == [0, 2, 6, 8]
+    assert saved == [0, 2, 2, 6, 8, 8]
 
 
 @pytest.mark.parametrize("step, kept", [(1, False), (1, True), (3, True)])
@@ -345,7 +349,7 @@ def test_processes_that_differ_report_it(run, monkeypatch, capsys):
     """As on a second machine whose images have other sizes."""
     patch_run(monkeypatch, run.method, gather=lambda own: [own, [*own[:-1], ("000.png", 7)]])
     assert run(*FOUR_EPOCHS) == 2
-    assert "different flags or different training images" in error_line(capsys)
+    assert "different flags, checkpoints or training images" in error_line(capsys)
 
 
 @one_method

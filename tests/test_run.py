@@ -212,10 +212,10 @@ def test_without_save_model_it_says_so_at_the_start_and_saves_nothing(run, capsy
 
 @one_method
 def test_the_start_tells_how_long_the_run_will_take(run, capsys):
-    assert run("--epochs", "5", "--batch-size", "1") == 0
+    assert run("--epochs", "10", "--batch-size", "1") == 0
     shown = capsys.readouterr()
     assert "\ntime left for the whole run: 0:0" in shown.out
-    assert "29/30" in shown.err.replace("30/30", "29/30")  # the bar counts the whole run's steps
+    assert "59/60" in shown.err.replace("60/60", "59/60")  # the bar counts the whole run's steps
 
 
 @one_method

@@ -294,9 +294,8 @@ def test_bad_inputs_and_outputs(module, tmp_path, capsys):
     for inputs, output, words in (
         (source, source, ["where inputs are", "--output"]),
         (source, tmp_path / "linked", ["where inputs are"]),
+        (source, tmp_path / "IN", ["where inputs are"]),  # the same folder on many Macs
         (tmp_path / "photos", tmp_path / "photos", ["where inputs are"]),
-        (tmp_path / "photos" / "0.jpg", tmp_path / "photos", ["where inputs are"]),
-        (source / "0.png", source, ["0.png", "where inputs are"]),
         (source / "0.png", source / "0.png", ["where inputs are"]),
         (twins, tmp_path / "out", ["0.jpg", "0.png", "the result of"]),
         ([source, twins / "0.png"], tmp_path / "out", ["the result of"]),
