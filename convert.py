@@ -17,6 +17,7 @@ import argparse
 import importlib
 import io
 import os
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -237,7 +238,7 @@ def main(argv=None):
         checkpoint, content = convert(args.file, state, args), io.BytesIO()
         torch.save(checkpoint, content)
         write(args.output, content.getvalue())
-        use = f"{checkpoint['method']}/translate.py --checkpoint {args.output}"
+        use = f"{checkpoint['method']}/translate.py --checkpoint {shlex.quote(str(args.output))}"
         print(f"found {checkpoint['args']}; use it: python {use} --input IMAGES --output RESULTS")
     except (UserError, OSError) as error:
         print(f"convert.py: error: {error}", file=sys.stderr)

@@ -288,8 +288,9 @@ def translate(args, source, target):
     command += ["--direction", args.direction] if args.direction else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"{method}/translate.py failed: {reason[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        reason = next((line for line in said if line.startswith("translate.py: ")), said[-1])
+        raise UserError(f"{method}/translate.py failed: {reason}")
 
 
 def shift_metrics(args, pairs, generated):
@@ -334,6 +335,9 @@ def evaluate(args):
         for (width, height), count in Counter(sorted(files.values())).most_common(1)
     ]
     lines.append("resized: pairs to the generated image, sets to {}x{}".format(*size))
+    [((w, h), _)] = Counter(sorted(reference.values())).most_common(1)
+    if 1.9 < w * size[1] / (h * size[0]) < 2.1:
+        lines.append("REFERENCE is twice as wide: if it holds pairs, cut them: prepare.py split")
     pairs = match(generated, reference, "--paired") if args.paired else []
     inputs = match(generated, sizes["input"], "--input") if args.input else []
     for one, other in pairs + inputs:

@@ -76,11 +76,12 @@ def hold_out(names, args, side=""):
 
 
 def unpaired(args):
-    """Copy two folders, the files as they are; DIR_X becomes x, the input. For CUT, cycleGAN."""
+    """Copy two folders as they are; x is the input. a.jpg and a.tif, one photo, stay together."""
     for side, names in zip("xy", name_images(*args.sources), strict=True):
-        for name, part in hold_out(names, args, side).items():
-            if load(names[name]):
-                yield f"{part}/{side}/{name}{names[name].suffix}", names[name]
+        parts = hold_out({n.removesuffix(f.suffix) for n, f in names.items()}, args, side)
+        for name, file in names.items():
+            if load(file):
+                yield f"{parts[name.removesuffix(file.suffix)]}/{side}/{name}{file.suffix}", file
 
 
 def pairs(args):
@@ -99,8 +100,7 @@ def pairs(args):
 def split(args):
     """Cut pairs into sides: disjoint halves of the training pairs, or both sides of all."""
     [source] = args.sources
-    tests = [part for part in ("test", "val") if (source / part).is_dir()]
-    for part in ["train", *tests[:1]]:
+    for part in ["train", *[p for p in ("test", "val") if (source / p).is_dir()][:1]]:
         [names] = name_images(source / part)
         order = np.random.default_rng(args.seed).permutation(list(names)).tolist()
         sides = dict.fromkeys(order, "y") | dict.fromkeys(order[: (len(order) + 1) // 2], "x")
@@ -147,14 +147,12 @@ def parse_args(argv=None):
     flag("--data-root", type=Path, default=ROOT / "datasets", help="folder of the datasets")
     flag("--overwrite", action="store_true", help="replace the dataset if it exists [stop]")
     args = parser.parse_intermixed_args(argv)
-    if args.all and args.command != "split":
-        parser.error("--all is for split")
-    if len(args.sources) != (1 if args.command == "split" else 2):
-        parser.error("expected unpaired DIR_X DIR_Y NAME, pairs DIR_X DIR_Y NAME or split NAME NEW")
+    split = args.command == "split"
+    if len(args.sources) != 2 - split or args.all > split:
+        parser.error("expected unpaired or pairs DIR_X DIR_Y NAME, or split NAME NEW [--all]")
     if args.seed < 0 or args.test < 0:
         parser.error("--seed and --test must be 0 or more")
-    folder = args.data_root if args.command == "split" else Path()
-    args.sources = [folder / source for source in args.sources]
+    args.sources = [args.data_root / s if split else Path(s) for s in args.sources]
     args.target = args.data_root / args.name
     return parser, args
 
@@ -167,8 +165,9 @@ def check(args):
     for one, other in combinations([path.resolve() for path in (target, *args.sources)], 2):
         if one.is_relative_to(other) or other.is_relative_to(one):
             raise UserError(f"{one} and {other} overlap; expected separate folders")
-    foreign = {path.name for path in target.glob("[!.]*")} - {"train", "test", "val"}
-    if foreign:
+    if args.command == "split" and (args.sources[0] / "train/x").is_dir():
+        raise UserError(f"{args.sources[0]} has two sides already, train/x and train/y")
+    if foreign := {path.name for path in target.glob("[!.]*")} - {"train", "test", "val"}:
         raise UserError(f"{target} is not a dataset, it holds {min(foreign)}; move it away")
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} exists; --overwrite replaces it")
@@ -192,7 +191,8 @@ def main(argv=None):
     root = [] if args.data_root == ROOT / "datasets" else ["--data-root", args.data_root]
     words = ["python", script, "--data-folder", args.name, *root, "--fit", "crop", "--save-model"]
     if args.command == "pairs":
-        print(f"to cut pairs for translate.py: prepare.py split {args.name} NEW --all")
+        cut = ["python", ROOT / "datasets/prepare.py", "split", args.name, "NEW", "--all", *root]
+        print("to cut pairs for translate.py:", shlex.join(map(str, cut)))
     print("next:", shlex.join(map(str, words)))
 
 

@@ -129,8 +129,8 @@ def run_script(script, *words):
     command = [sys.executable, ROOT / script, *words]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise UserError(f"{script} failed: {reason}")
+        said = [f"exit status {done.returncode}", *re.findall(r"\w+\.py: [^\r\n]+", done.stderr)]
+        raise UserError(f"{script} failed: {said[-1]}")
 
 
 def measured(run, direction, flags, args):

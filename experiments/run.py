@@ -5,8 +5,8 @@
     python experiments/run.py --scale paper --dry-run --measure    # and the hours
 
 Complete runs are skipped and interrupted ones resumed, so the same command continues after a stop.
-Datasets: facades and monet2photo (datasets/download.py), and facades_unpaired
-(`datasets/prepare.py split facades facades_unpaired --all`). Next: judge.py measures the runs.
+Datasets: facades and monet2photo (download.py), and facades_unpaired (`prepare.py split facades
+facades_unpaired --all`; for antialias without --all). Next: judge.py measures the runs.
 """
 
 import argparse
@@ -85,9 +85,8 @@ def parse(parser, argv):
     flag("--output-root", type=Path, default=ROOT, help="folder of visualize/ and <method>/model/")
     args = parser.parse_args(argv)
     args.data_root, args.output_root = args.data_root.resolve(), args.output_root.resolve()
-    names, table = args.only or [""], RUNS if args.scale == "cpu" else PAPER
-    asked = [run for run in table if set(names) & set(run.questions.split())]
-    args.runs = [run for run in table if run in asked or run.name.startswith(tuple(names))]
+    names, table = tuple(args.only or [""]), RUNS if args.scale == "cpu" else PAPER
+    args.runs = [r for r in table if {*names} & {*r.questions.split()} or r.name.startswith(names)]
     if not args.runs:
         parser.error(f"no run or question is called {' or '.join(names)}; see run.py --dry-run")
     return args
@@ -106,9 +105,11 @@ def parse_args(argv=None):
     return parse(parser, argv)
 
 
-def command(run):
+def command(run, args):
     """What a reader would type, as words. The same command starts and resumes the run."""
     words = ["python", f"{run.method}/train.py", *shlex.split(run.flags), "--run-name", run.name]
+    words += ["--data-root", str(args.data_root)] * (args.data_root != ROOT / "datasets")
+    words += ["--output-root", str(args.output_root)] * (args.output_root != ROOT)
     return [*words, "--save-model", "--resume"]
 
 
@@ -136,7 +137,7 @@ def print_plan(args):
         sides = [folder / side for side in ("train", "train/x", "train/y", "trainA", "trainB")]
         counts = [len(list(side.glob("*.*"))) for side in sides if side.is_dir()]
         steps = epochs_left(args, run) * max(counts, default=6287 if "monet" in run.name else 400)
-        print(shlex.join(command(run)), f" # {steps} steps", end="")
+        print(shlex.join(command(run, args)), f" # {steps} steps", end="")
         if seconds := times[run.method] or (args.measure and steps and measure(args, run)):
             total += steps * seconds / 3600
             print(f", {steps * seconds / 3600:.1f} hours at {seconds:.3f} s each", end="")
@@ -149,12 +150,12 @@ def measure(args, run):
     seconds = []
     for steps in ("3", "13"):
         with tempfile.TemporaryDirectory() as folder:
-            words = [sys.executable, *command(run)[1:-2], "--max-steps", steps]
-            words += ["--data-root", args.data_root, "--output-root", folder]
-            start = time.monotonic()
+            words = [sys.executable, *command(run, args)[1:-2], "--max-steps", steps]
+            words += ["--output-root", folder]
             if Popen(words, cwd=ROOT, stdout=DEVNULL).wait():
                 sys.exit(2)  # it has said why
-            seconds.append(time.monotonic() - start)
+            losses = Path(folder, "visualize", run.method, run.name, "losses.csv").read_text()
+            seconds.append(sum(float(row.split(",")[1]) for row in losses.split()[1:]))
     return max(0.0, seconds[1] - seconds[0]) / 10
 
 
@@ -162,33 +163,32 @@ def train(args):
     """Trains what is left. After a signal or --minutes the runs in progress save and end."""
     waiting, children = [run for run in args.runs if epochs_left(args, run)], {}
     stops, end = [], time.monotonic() + 60 * args.minutes
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stops.append(True))
-    common = ["--data-root", args.data_root, "--output-root", args.output_root]
-    common += ["--num-workers", "0"] * (args.scale == "cpu")
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(number, lambda *_: stops.append(True))
+    workers = ["--num-workers", "0"] * (args.scale == "cpu")
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))  # each has its share of the cores
     (logs := args.output_root / "results" / "experiments").mkdir(parents=True, exist_ok=True)
     options = {"env": os.environ | {"OMP_NUM_THREADS": threads}, "start_new_session": True}
     while waiting or children:
         while waiting and len(children) < args.jobs:
-            words = [sys.executable, *command(run := waiting.pop(0))[1:], *common]
+            words = [sys.executable, *command(run := waiting.pop(0), args)[1:], *workers]
             with open(logs / f"{run.method}-{run.name}.log", "a") as log:
                 children[run] = Popen(words, cwd=ROOT, stdout=log, stderr=log, **options)
         time.sleep(0.2)
         if stops or time.monotonic() > end:
-            for child in children.values():
-                child.terminate()
-            for child in children.values():
-                child.wait()
+            for act, child in itertools.product((Popen.terminate, Popen.wait), children.values()):
+                act(child)
             return
         for run in [run for run, child in children.items() if child.poll() is not None]:
             if children.pop(run).returncode:
                 print(f"{run.method} {run.name} failed: see its log in {logs}", file=sys.stderr)
+            else:  # its checkpoint is complete, also where git or cp made losses.csv newer
+                paths(args, run)[1].touch()
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    if args.dry_run:
+    if (args := parse_args(argv)).dry_run:
         return print_plan(args)
     train(args)
     left = sum(epochs_left(args, run) > 0 for run in args.runs)

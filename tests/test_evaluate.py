@@ -470,10 +470,11 @@ def test_refusals(tmp_path, capsys):
         ([tmp_path / "wide", a, "--input", a], "000.png is 128x64"),
         ([a, damaged], f"cannot read {damaged / '001.png'}"),
         ([a, a, "--pair"], "unrecognized arguments: --pair"),
-        ([a], "required"),
         ([a, a, "--checkpoint", "c.pt"], "--checkpoint needs --input"),
     ):
         assert message in refused(capsys, *argv)
+    assert evaluate.main([str(a), str(tmp_path / "wide"), "--paired"]) == 0  # 2:1, but no pairs?
+    assert "REFERENCE is twice as wide" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", ["12", "124", "1123"])
