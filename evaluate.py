@@ -288,8 +288,8 @@ def translate(args, source, target):
     command += ["--direction", args.direction] if args.direction else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        reason = next((line for line in said if line.startswith("translate.py: ")), said[-1])
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        reason = next((line for line in lines if line.startswith("translate.py: ")), lines[-1])
         raise UserError(f"{method}/translate.py failed: {reason}")
 
 
@@ -337,7 +337,7 @@ def evaluate(args):
     lines.append("resized: pairs to the generated image, sets to {}x{}".format(*size))
     [((w, h), _)] = Counter(sorted(reference.values())).most_common(1)
     if 1.9 < w * size[1] / (h * size[0]) < 2.1:
-        lines.append("REFERENCE is twice as wide: if it holds pairs, cut them: prepare.py split")
+        lines.append("REFERENCE is twice as wide as GENERATED; if it holds pairs: prepare.py split")
     pairs = match(generated, reference, "--paired") if args.paired else []
     inputs = match(generated, sizes["input"], "--input") if args.input else []
     for one, other in pairs + inputs:

@@ -153,11 +153,11 @@ class Run:
         for batch in batches:
             self.intact, pinned = False, self.loader.pin_memory  # not intact within a step
             yield [to_unit(images.to(self.device, non_blocking=pinned)) for images in batch]
-            self.intact = True
+            self.intact, progress["seconds"] = True, time.monotonic() - started
             progress.update(batch=progress["batch"] + 1, step=progress["step"] + 1)
             self.bar.update()
-            if progress["step"] == self.first_step + 50 and RANK == 0:  # warm by now
-                left = (self.bar.total - self.bar.n) / (self.bar.format_dict["rate"] or 1)
+            if progress["step"] == self.first_step + 50 and RANK == 0:
+                left = (self.bar.total - self.bar.n) * progress["seconds"] / progress["batch"]
                 tqdm.write(f"time left for the whole run: {timedelta(seconds=round(left))}")
             self.caught = max(system.gather(self.noted))
             if time.monotonic() - self.last_read > 0.5:
@@ -201,7 +201,7 @@ class Run:
         args, progress, epoch = self.args, self.progress, self.progress["epoch"]
         complete, limit = progress["batch"] == self.epoch_steps, progress["step"] == args.max_steps
         due = limit or (complete and ((epoch - 1) % args.sample_every == 0 or epoch == args.epochs))
-        if args.save_model and due:  # before sampling, which may be killed: --resume repeats it
+        if args.save_model and due:  # before sampling, so that a kill there costs no training
             self.save()
         row, measures = self.row(rate), {}
         rows = [*progress["rows"], row]

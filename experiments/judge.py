@@ -129,8 +129,8 @@ def run_script(script, *words):
     command = [sys.executable, ROOT / script, *words]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        said = [f"exit status {done.returncode}", *re.findall(r"\w+\.py: [^\r\n]+", done.stderr)]
-        raise UserError(f"{script} failed: {said[-1]}")
+        found = re.findall(r"\w+\.py: [^\r\n]+", done.stderr) or done.stderr.strip().splitlines()
+        raise UserError(f"{script} failed: {(found or [f'exit status {done.returncode}'])[-1]}")
 
 
 def measured(run, direction, flags, args):

@@ -166,13 +166,13 @@ def train(args):
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
             signal.signal(number, lambda *_: stops.append(True))
-    workers = ["--num-workers", "0"] * (args.scale == "cpu")
+    common = ["--data-root", args.data_root] + ["--num-workers", "0"] * (args.scale == "cpu")
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))  # each has its share of the cores
     (logs := args.output_root / "results" / "experiments").mkdir(parents=True, exist_ok=True)
     options = {"env": os.environ | {"OMP_NUM_THREADS": threads}, "start_new_session": True}
     while waiting or children:
         while waiting and len(children) < args.jobs:
-            words = [sys.executable, *command(run := waiting.pop(0), args)[1:], *workers]
+            words = [sys.executable, *command(run := waiting.pop(0), args)[1:], *common]
             with open(logs / f"{run.method}-{run.name}.log", "a") as log:
                 children[run] = Popen(words, cwd=ROOT, stdout=log, stderr=log, **options)
         time.sleep(0.2)

@@ -62,7 +62,7 @@ def random_states(device, states=()):
     """The states of the random generators in use; first sets them to `states`, if given."""
     modules = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     for module, state in zip(modules, states, strict=False):
-        if module is torch or len(state) == len(module.get_rng_state()):  # else: CUDA's or MPS's
+        if module is torch or len(state) == len(module.get_rng_state()):  # else: of another device
             module.set_rng_state(state)
     return [module.get_rng_state() for module in modules]
 

@@ -130,7 +130,7 @@ def test_killed_while_sampling_samples_again(run, straight):
 
     assert exit_status(run.fork(*FOUR_EPOCHS, prepare=prepare)) == -signal.SIGKILL
     assert run.state()["progress"]["step"] == 2 and not any((run.folder / "val").iterdir())
-    assert run.resume() == 0
+    assert run.resume("--num-workers", "2") == 0
     assert_same(run.traces(), straight)
 
 

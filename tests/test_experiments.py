@@ -141,8 +141,8 @@ def test_complete_runs_are_skipped_and_the_others_started(tmp_path, bench, capsy
     output = capsys.readouterr()
     assert "5 of 6 runs are complete" in output.out and "CUT fails failed" in output.err
     started = sorted((tmp_path / "started").read_text().splitlines())
-    threads = max(1, os.cpu_count() // 2)
-    rest = f"--data-root {tmp_path} --save-model --resume --num-workers 0 {threads}"
+    at, threads = f"--data-root {tmp_path}", max(1, os.cpu_count() // 2)
+    rest = f"{at} --save-model --resume {at} --num-workers 0 {threads}"
     assert started == [f"--data-folder a --epochs 3 --run-name {n} {rest}" for n in names[1:]]
     assert run.main(["complete", *bench.roots]) == 0
 
