@@ -132,7 +132,7 @@ def prepare(net, args, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     net.forward = autocast(net.forward)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # one count for all networks and their inputs
+        torch._dynamo.config.recompile_limit = 64  # torch's 8 are for all networks together
         net.compile()
     return net
 

@@ -109,7 +109,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: torch.save, full disk
+    # RuntimeError: torch.save on a full disk. ValueError: an image too large for its format.
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
         with suppress(OSError):
